@@ -1,0 +1,1 @@
+"""Makes a backbone: Momentum Contrast v1 and v2."""

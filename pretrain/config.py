@@ -1,0 +1,190 @@
+"""One config habit for every script: defaults < `_BASE_` < file < flags and KEY VALUE pairs.
+
+A config is a frozen dataclass. Its fields are the known keys; their annotations say how a word from
+a command line or a YAML file is read.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from convert.errors import UserError, nearest
+
+RECIPES = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
+
+Config = TypeVar("Config")
+
+BASE_KEY = "_BASE_"
+CHECKPOINT_SUFFIXES = {".pth", ".tar", ".pt", ".pkl"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run; the defaults are the reference's, which are MoCo v1's.
+
+    Sources: arXiv:1911.05722, Sec. 3.3 and 4; where v2 differs, arXiv:2003.04297, Sec. 2.
+    """
+
+    data: str = ""  # a folder with train/, or `embedded`
+    arch: str = "resnet50"
+    dim: int = 128  # C, length of an embedding
+    K: int = 65536  # keys in the queue
+    m: float = 0.999  # momentum of the key encoder, Eq. (2)
+    tau: float = 0.07  # temperature, Eq. (1); v2: 0.2
+    mlp: bool = False  # v2: two-layer head
+    augmentation: str = "v1"  # v1 or v2
+    crop_scale: tuple[float, ...] = (0.2, 1.0)  # share of the image's area that a view keeps
+    image_size: int = 224  # side of a view, pixels
+    epochs: int = 200
+    max_steps: int = 0  # stop after so many steps; 0: after the last epoch
+    batch_size: int = 256  # images a step
+    bn_groups: int = 8  # groups of batch norm at most: the papers' 8 GPUs
+    leak: bool = False  # allow a single group, where shuffling hides nothing
+    allow_small_set: bool = False  # allow a queue as long as the set or longer
+    lr: float = 0.03  # at batch 256
+    schedule: str = "step"  # step: x0.1 at the milestones; cos: half a cosine (v2)
+    milestones: tuple[int, ...] = (120, 160)  # epochs
+    warmup_epochs: float = 0.0  # linear, from 0
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4
+    seed: int = 0
+    device: str = ""  # cpu or cuda; empty: the best at hand
+    precision: str = ""  # fp32 or bf16; empty: the best at hand
+    workers: int = -1  # processes that load images; -1: the cores but one, 32 at most
+    print_freq: int = 10  # steps between log lines
+    knn_every: int = 0  # epochs between kNN votes where the set has labels; 0: never
+    checkpoint_every: str = ""  # steps, or minutes as `5m`; empty: every epoch
+    keep: int = 3  # checkpoints kept, the newest ones; 0: all
+
+    @property
+    def method(self) -> str:
+        """The paper's name for these settings, as far as head, augmentation and schedule tell."""
+        ingredients = {"MLP": self.mlp, "aug+": self.augmentation == "v2"}
+        ingredients["cos"] = self.schedule == "cos"
+        if all(ingredients.values()):
+            return "MoCo v2"
+        extra = [name for name, there in ingredients.items() if there]
+        return "MoCo v1" + "".join(f" + {name}" for name in extra)
+
+
+def load_config(
+    kind: type[Config],
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    pairs: Sequence[str] = (),
+) -> Config:
+    """Build a config from its defaults, a recipe and the command line, the later winning.
+
+    Args:
+        kind: a frozen dataclass whose every field has a default.
+        file: a YAML recipe; its `_BASE_`, a path or a list of paths relative to it, comes first.
+        flags: values of command line flags; a flag that was not given is None.
+        pairs: trailing words, `KEY VALUE KEY VALUE ...`.
+
+    Raises:
+        UserError: a file that is missing or is not a mapping, an unknown key, a value of the wrong
+            type, an odd number of words.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values |= _read_recipe(kind, file)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    values |= _checked(kind, given, "command line")
+    if len(pairs) % 2:
+        raise UserError(f"command line: '{pairs[-1]}' has no value; overrides are KEY VALUE pairs")
+    values |= _checked(kind, dict(zip(pairs[::2], pairs[1::2], strict=True)), "command line")
+    return kind(**values)
+
+
+def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Split trailing words: an odd count means that the first one is the images' folder."""
+    if len(words) % 2:
+        return Path(words[0]), list(words[1:])
+    return None, list(words)
+
+
+def join_resume(argv: Sequence[str]) -> list[str]:
+    """Let `--resume` take the next word only if that is `auto` or a checkpoint file.
+
+    So `--resume lr 0.1` still overrides a key, and a checkpoint that does not exist is still meant
+    as one.
+    """
+    joined: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--resume":
+            following = words[0] if words else ""
+            path = Path(following)
+            is_file = bool(following) and (path.is_file() or path.suffix in CHECKPOINT_SUFFIXES)
+            word = f"--resume={words.pop(0) if following == 'auto' or is_file else 'auto'}"
+        joined.append(word)
+    return joined
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain numbers, strings and lists, to be saved beside a result."""
+    values = dataclasses.asdict(config)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def _read_recipe(kind: type, file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"recipe {file}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {file}: is not YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {file}: found a {type(content).__name__}, want KEY: VALUE lines")
+    bases = content.pop(BASE_KEY, [])
+    values: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        values |= _read_recipe(kind, file.parent / base)
+    return values | _checked(kind, content, str(file))
+
+
+def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    checked = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(
+                f"{where}: unknown key '{key}'; known keys near it: {nearest(key, hints)}"
+            )
+        try:
+            checked[key] = _read_value(hints[key], value)
+        except (TypeError, ValueError) as error:
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise UserError(f"{where}: {key} is {value!r}, want {wanted}") from error
+    return checked
+
+
+def _read_value(wanted: Any, value: Any) -> Any:
+    """Read one value as the type of its field; words from a command line are strings."""
+    if typing.get_origin(wanted) is tuple:
+        items = value.replace(",", " ").split() if isinstance(value, str) else list(value)
+        return tuple(_read_value(typing.get_args(wanted)[0], item) for item in items)
+    if wanted is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False}[str(value).lower()] if _is_bool(value) else _fail()
+    if wanted is str:
+        return value if isinstance(value, str) else str(value)
+    if isinstance(value, bool) or value is None:
+        return _fail()
+    if wanted is int and not float(value).is_integer():  # `1e3` and `1.0` are whole numbers too
+        return _fail()
+    return int(float(value)) if wanted is int else wanted(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return str(value).lower() in {"true", "false"}
+
+
+def _fail() -> typing.NoReturn:
+    raise ValueError

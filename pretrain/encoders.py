@@ -1,0 +1,34 @@
+"""Encoders: a torchvision ResNet whose classifier is MoCo's head."""
+
+from functools import partial
+
+import torchvision
+from torch import nn
+
+from convert.backbone import ARCHS
+from convert.errors import UserError, nearest
+from pretrain.norm import SplitBatchNorm
+
+
+def build_encoder(arch: str, dim: int, *, mlp: bool, bn_groups: int) -> nn.Module:
+    """Build f_q or f_k: (N, 3, H, W) images -> (N, dim) embeddings, not normalised.
+
+    Args:
+        arch: a ResNet of torchvision, by name.
+        dim: C, length of an embedding.
+        mlp: v2's head, two layers with a ReLU between (arXiv:2003.04297, Sec. 2), instead of one.
+        bn_groups: groups of every batch norm.
+
+    Raises:
+        UserError: the name is not one of a ResNet.
+    """
+    if arch not in ARCHS.values():
+        near = nearest(arch, ARCHS.values())
+        raise UserError(f"arch '{arch}': is not a ResNet that is known here; near it: {near}")
+    norm = partial(SplitBatchNorm, groups=bn_groups)
+    encoder: nn.Module = getattr(torchvision.models, arch)(num_classes=dim, norm_layer=norm)
+    if mlp:
+        assert isinstance(encoder.fc, nn.Linear)
+        width = encoder.fc.in_features
+        encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
+    return encoder

@@ -1,0 +1,106 @@
+import pytest
+
+from convert.errors import UserError
+from pretrain.config import RECIPES, PretrainConfig, join_resume, load_config, split_words
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_later_words_win_defaults_base_file_flags_pairs(tmp_path):
+    write(tmp_path / "base.yaml", "lr: 1\nK: 1\nm: 0.1\ntau: 0.1\nepochs: 1\n")
+    file = write(tmp_path / "recipe.yaml", "_BASE_: base.yaml\nK: 2\nm: 0.2\ntau: 0.2\nepochs: 2\n")
+    flags = {"m": "0.3", "tau": "0.3", "epochs": "3", "mlp": None}
+    config = load_config(PretrainConfig, file, flags, ["tau", "0.4", "epochs", "4"])
+    assert (config.dim, config.lr, config.K, config.m, config.tau) == (128, 1, 2, 0.3, 0.4)
+    assert config.epochs == 4
+    assert config.mlp is False
+
+
+def test_a_list_of_bases_is_merged_left_to_right(tmp_path):
+    write(tmp_path / "a.yaml", "lr: 1\nK: 1\n")
+    write(tmp_path / "b.yaml", "K: 2\n")
+    config = load_config(PretrainConfig, write(tmp_path / "c.yaml", "_BASE_: [a.yaml, b.yaml]\n"))
+    assert (config.lr, config.K) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "value"),
+    [
+        ("lr", "1e-3", 0.001),
+        ("K", "1e3", 1000),
+        ("mlp", "True", True),
+        ("mlp", "false", False),
+        ("milestones", "30,60", (30, 60)),
+        ("crop_scale", "0.08 1", (0.08, 1.0)),
+        ("checkpoint_every", "5", "5"),
+    ],
+)
+def test_words_are_read_as_their_fields_say(key, word, value):
+    assert getattr(load_config(PretrainConfig, pairs=[key, word]), key) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "word"), [("K", "many"), ("K", "1.5"), ("mlp", "1"), ("lr", "true"), ("lr", "fast")]
+)
+def test_a_value_of_another_type_is_refused(key, word):
+    with pytest.raises(UserError, match=f"command line: {key} is '{word}', want"):
+        load_config(PretrainConfig, pairs=[key, word])
+
+
+def test_an_unknown_key_names_file_and_nearest_keys(tmp_path):
+    file = write(tmp_path / "recipe.yaml", "augmentaton: v2\n")
+    with pytest.raises(UserError, match=r"recipe.yaml: unknown key 'augmentaton'.*augmentation"):
+        load_config(PretrainConfig, file)
+    with pytest.raises(UserError, match=r"command line: unknown key 'epoch'.*epochs"):
+        load_config(PretrainConfig, pairs=["epoch", "1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("- 1\n", "found a list"), ("a: [\n", "is not YAML"), (None, "cannot be read")],
+)
+def test_a_recipe_that_is_none_is_refused(tmp_path, text, line):
+    file = tmp_path / "recipe.yaml"
+    if text is not None:
+        write(file, text)
+    with pytest.raises(UserError, match=line):
+        load_config(PretrainConfig, file)
+
+
+def test_a_pair_without_a_value_is_refused():
+    with pytest.raises(UserError, match="'epochs' has no value"):
+        load_config(PretrainConfig, pairs=["epochs"])
+
+
+def test_an_odd_count_of_words_starts_with_the_folder():
+    assert split_words(["DIR", "lr", "1"])[0].name == "DIR"
+    assert split_words(["lr", "1"]) == (None, ["lr", "1"])
+    assert split_words([]) == (None, [])
+
+
+def test_resume_takes_auto_or_a_checkpoint_and_nothing_else(tmp_path):
+    file = write(tmp_path / "here", "x")
+    assert join_resume(["--resume", "lr", "0.1"]) == ["--resume=auto", "lr", "0.1"]
+    assert join_resume(["--resume", "auto", "DIR"]) == ["--resume=auto", "DIR"]
+    assert join_resume(["--resume", str(file)]) == [f"--resume={file}"]
+    assert join_resume(["--resume", "gone.pth.tar"]) == ["--resume=gone.pth.tar"]
+    assert join_resume(["DIR", "--resume"]) == ["DIR", "--resume=auto"]
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_loads(file):
+    load_config(PretrainConfig, file)
+
+
+def test_the_recipes_are_the_papers():
+    v1 = load_config(PretrainConfig, RECIPES / "moco_v1_r50_200ep.yaml")
+    assert v1 == PretrainConfig()
+    assert (v1.K, v1.m, v1.tau, v1.batch_size, v1.lr) == (65536, 0.999, 0.07, 256, 0.03)
+    assert (v1.epochs, v1.milestones, v1.weight_decay) == (200, (120, 160), 1e-4)
+    assert (v1.method, v1.augmentation, v1.mlp, v1.schedule) == ("MoCo v1", "v1", False, "step")
+    v2 = load_config(PretrainConfig, RECIPES / "moco_v2_r50_200ep.yaml")
+    assert (v2.method, v2.augmentation, v2.mlp, v2.schedule) == ("MoCo v2", "v2", True, "cos")
+    assert (v2.tau, v2.K, v2.m) == (0.2, 65536, 0.999)

@@ -1,0 +1,303 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convert.backbone import load_backbone
+from convert.errors import UserError
+from pretrain.config import PretrainConfig
+from pretrain.loop import check, learning_rate, train
+from pretrain.main_moco import read_config
+from pretrain.monitor import read_log
+from pretrain.sources import image_folder
+from tests.conftest import ROOT
+
+SMALL = ["--arch", "resnet18", "-b", "16", "--moco-k", "32", "--epochs", "2", "-j", "1"]
+SMALL += ["--device", "cpu", "--precision", "fp32", "image_size", "32"]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Forty small images of two classes, train/ and val/."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 5)):
+        for label in "ab":
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+    return folder
+
+
+def small_config(pictures, **changes):
+    config = replace(read_config([str(pictures), *SMALL])[0], print_freq=1, workers=0, **changes)
+    return check(config, 40)
+
+
+def tensors(value, place=""):
+    """Every tensor and number in a checkpoint, by its place."""
+    if isinstance(value, dict):
+        return {k: v for key in value for k, v in tensors(value[key], f"{place}/{key}").items()}
+    if isinstance(value, list):
+        return {
+            k: v for i, one in enumerate(value) for k, v in tensors(one, f"{place}/{i}").items()
+        }
+    return {place: value}
+
+
+def assert_equal_files(first, second):
+    one, two = (tensors(torch.load(path, weights_only=True)) for path in (first, second))
+    assert one.keys() == two.keys()
+    for place, value in one.items():
+        same = torch.equal(value, two[place]) if torch.is_tensor(value) else value == two[place]
+        assert same, place
+
+
+def test_a_checkpoint_has_the_references_layout(pictures, tmp_path):
+    config = small_config(pictures, mlp=True, keep=0)
+    path = train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
+    assert path.name == "checkpoint_0001.pth.tar"
+    assert (tmp_path / "checkpoint_0000.pth.tar").exists()
+    content = torch.load(path, weights_only=True)
+    assert (content["epoch"], content["arch"]) == (2, "resnet18")
+    names = list(content["state_dict"])
+    assert names[:3] == ["module.queue", "module.queue_ptr", "module.encoder_q.conv1.weight"]
+    assert content["state_dict"]["module.queue"].shape == (128, 32)
+    assert int(content["state_dict"]["module.queue_ptr"]) == 4 * 16 % 32
+    assert {"state", "param_groups"} <= content["optimizer"].keys()
+    # The reference's optimizer counts both encoders' parameters; f_q's come first.
+    trained = len(content["optimizer"]["state"])
+    assert len(content["optimizer"]["param_groups"][0]["params"]) == 2 * trained
+    assert load_backbone(path).facts.method == "MoCo v1 + MLP"
+
+
+def test_log_record_and_checkpoint_agree(pictures, tmp_path):
+    config = small_config(pictures, epochs=3, keep=1)
+    train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in lines] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    assert all(line["images_per_s"] > 0 and line["lr"] == 0.03 for line in lines)
+    assert len(list(tmp_path.glob("checkpoint_*"))) == 1
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["checkpoint"] == "checkpoint_0002.pth.tar"
+    assert record["loss_last_tenth"] == lines[-1]["loss"]
+    assert record["chance_loss"] == pytest.approx(np.log(33))
+
+
+def test_resume_equals_not_stopping(pictures, tmp_path):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, epochs=3)
+    whole = train(config, images, tmp_path / "whole", quiet=True)
+    for steps in (1, 3, 4, 0):  # in the middle of an epoch too; 0: to the end
+        part = replace(config, max_steps=steps)
+        last = train(part, images, tmp_path / "parts", resume="auto", quiet=True)
+    assert whole.name == last.name
+    stored = torch.load(whole, weights_only=True)["moco_transfer"]
+    assert stored["step"] == 6
+    for path in (whole, last):  # the only thing that may differ is where it was meant to stop
+        content = torch.load(path, weights_only=True)
+        content["moco_transfer"].pop("config")
+        torch.save(content, path)
+    assert_equal_files(whole, last)
+    logs = [[line.get("loss") for line in read_log(tmp_path / run)] for run in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_workers_change_nothing(pictures, tmp_path):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, epochs=1)
+    for workers in (0, 2):
+        train(replace(config, workers=workers), images, tmp_path / str(workers), quiet=True)
+    logs = [[line["loss"] for line in read_log(tmp_path / str(w))] for w in (0, 2)]
+    assert logs[0] == logs[1]
+
+
+def test_a_changed_config_is_not_resumed(pictures, tmp_path):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures)
+    train(replace(config, max_steps=1), images, tmp_path, quiet=True)
+    with pytest.raises(UserError, match=r"another config: tau 0.07 -> 0.2, lr|tau 0.07 -> 0.2"):
+        train(replace(config, tau=0.2), images, tmp_path, resume="auto", quiet=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(pictures, tmp_path):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, epochs=4)
+    train(replace(config, max_steps=2), images, tmp_path, quiet=True)
+    before = sorted(tmp_path.glob("checkpoint_*"))
+    path = before[-1]
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["module.encoder_q.fc.bias"][0] = float("nan")
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"loss is not finite at step 3 \(learning rate 0.03\)"):
+        train(config, images, tmp_path, resume="auto", quiet=True)
+    assert sorted(tmp_path.glob("checkpoint_*")) == before
+
+
+def test_the_schedules_are_the_references():
+    step = PretrainConfig()
+    rates = [learning_rate(step, epoch) for epoch in (0, 119.9, 120, 159.99, 160, 199)]
+    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+    cos = PretrainConfig(schedule="cos")
+    assert learning_rate(cos, 0) == 0.03
+    assert learning_rate(cos, 100.5) == pytest.approx(0.015)
+    assert learning_rate(cos, 199.5) == pytest.approx(0.03 * 0.5 * (1 + np.cos(np.pi * 199 / 200)))
+    warm = PretrainConfig(warmup_epochs=5)
+    assert learning_rate(warm, 2.5) == pytest.approx(0.015)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"m": 1.5}, "out of range: m 1.5"),
+        ({"tau": 0.0}, "out of range: tau 0.0"),
+        ({"K": 8}, "K 8: is below the batch of 16"),
+        ({"K": 40}, "the set has 40 images"),
+        ({"batch_size": 64, "K": 64}, "the set has 40 images; lower --batch-size"),
+        ({"batch_size": 8}, "--leak"),
+        ({"augmentation": "v7"}, "want one of v1, v2"),
+        ({"schedule": "linear"}, "want one of step, cos"),
+        ({"precision": "fp8"}, "want one of fp32, bf16"),
+        ({"device": "tpu"}, "want one of cpu, cuda"),
+        ({"checkpoint_every": "often"}, "checkpoint_every 'often'"),
+    ],
+)
+def test_values_out_of_range_are_refused(changes, line):
+    config = replace(PretrainConfig(batch_size=16, K=32, device="cpu"), **changes)
+    with pytest.raises(UserError, match=re.escape(line)):
+        check(config, 40)
+
+
+def test_an_arch_that_is_no_resnet_is_refused(pictures, tmp_path):
+    config = small_config(pictures, arch="vgg16")
+    with pytest.raises(UserError, match="arch 'vgg16': is not a ResNet"):
+        train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
+
+
+def test_the_references_flags_mean_what_they_meant():
+    line = "-a resnet50 --lr 0.03 -b 256 --mlp --moco-t 0.2 --aug-plus --cos -j 32 -p 10 --seed 1"
+    config = read_config([*line.split(), "IMAGENET"])[0]
+    want = PretrainConfig(
+        data="IMAGENET", mlp=True, tau=0.2, augmentation="v2", schedule="cos", workers=32, seed=1
+    )
+    assert config == want
+    line = (
+        "IMAGENET --moco-dim 64 --moco-k 4096 --moco-m 0.9 --schedule 30 40 --wd 0 --momentum 0.8"
+    )
+    config = read_config(line.split())[0]
+    assert (config.dim, config.K, config.m) == (64, 4096, 0.9)
+    assert (config.milestones, config.weight_decay, config.momentum) == ((30, 40), 0, 0.8)
+
+
+def test_trailing_words_mix_with_flags():
+    assert read_config(["DIR", "--mlp", "tau", "0.3"])[0].tau == 0.3
+    config, name, rest = read_config(["--resume", "tau", "0.3"])
+    assert (config.tau, name, rest["resume"]) == (0.3, "moco_v2_r50_embedded", "auto")
+    recipe = str(ROOT / "configs/pretrain/moco_v2_r50_embedded.yaml")
+    assert read_config(["--config", recipe, "epochs", "1"])[0].epochs == 1
+
+
+def test_a_folder_and_no_flags_is_v1_and_the_first_lines_say_so(script, pictures):
+    done = script("pretrain/main_moco.py", pictures, *SMALL, "--max-steps", "1")
+    assert done.returncode == 0, done.stderr
+    first, second, *_ = done.stdout.splitlines()
+    assert first == f"MoCo v1, resnet18, on {pictures}/train (40 images)"
+    assert second.endswith("python pretrain/main_moco.py DIR --mlp --moco-t 0.2 --aug-plus --cos")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["gone"], "found nothing, want a folder with train/"),
+        (["--lr", "fast"], "lr is 'fast', want float"),
+        (["--moco-z", "1"], "unrecognized arguments: --moco-z"),
+        (["epoch", "3"], "unknown key 'epoch'; known keys near it: epochs"),
+        (["--resume", "gone.pth.tar"], "gone.pth.tar: no such file"),
+        (["--output-dir", "/proc/none"], "output folder /proc/none: cannot be written"),
+        (["--config", "gone.yaml"], "recipe gone.yaml: cannot be read"),
+    ],
+)
+def test_each_mistake_ends_in_one_line_and_status_2(script, tmp_path, words, line):
+    done = script("pretrain/main_moco.py", *words)
+    assert done.returncode == 2, done.stderr
+    assert line in done.stderr
+    assert done.stderr.startswith("main_moco.py: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("checkpoint_*"))
+
+
+def test_a_broken_image_is_named_in_one_line(script, tmp_path):
+    folder = tmp_path / "set/train/a"
+    folder.mkdir(parents=True)
+    for i in range(40):
+        Image.new("RGB", (40, 40)).save(folder / f"{i}.png")
+    (folder / "7.png").write_text("no image")
+    done = script("pretrain/main_moco.py", "set", *SMALL, "-j", "1")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("main_moco.py: image set/train/a/7.png: cannot")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_a_resume_goes_on(pictures, tmp_path, script, signum):
+    command = [sys.executable, str(ROOT / "pretrain/main_moco.py"), str(pictures), *SMALL]
+    command += ["--epochs", "500", "--output-dir", "out", "-p", "1"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "out/log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.glob("out/checkpoint_*.pth.tar"))
+    saved = len(read_log(tmp_path / "out"))
+    done = script(
+        "pretrain/main_moco.py", pictures, *SMALL, "--epochs", "500", "--output-dir", "out",
+        "-p", "1", "--resume", "--max-steps", saved + 2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"at step {saved} of {saved + 2}" in done.stdout
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(script, pictures):
+    words = [pictures, *SMALL, "--max-steps", "1", "--output-dir", "out"]
+    assert script("pretrain/main_moco.py", *words).returncode == 0
+    again = script("pretrain/main_moco.py", *words)
+    assert again.returncode == 2
+    assert "holds a run (checkpoint_0000.pth.tar)" in again.stderr
+    done = script("pretrain/main_moco.py", *words, "--resume")
+    assert done.returncode == 0
+    assert "finished" in done.stdout
+
+
+def wait_for(true, seconds=90):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_the_scripts_folder_is_not_on_the_path():
+    code = "import runpy, sys; sys.argv = ['main_moco.py', '--version']; sys.path[0] = {folder!r}\n"
+    code += "try:\n    runpy.run_path({file!r}, run_name='__main__')\nexcept SystemExit:\n"
+    code += "    print(sys.path[0])"
+    file = ROOT / "pretrain/main_moco.py"
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(folder=str(file.parent), file=str(file))],
+        capture_output=True, text=True, check=True, env=os.environ,
+    )  # fmt: skip
+    assert Path(done.stdout.splitlines()[-1]) == ROOT

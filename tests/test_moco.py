@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pretrain.moco import MoCo, contrastive_logits, contrastive_loss
+from tests.reference import info_nce
+
+
+def unit(rows: int, length: int, seed: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return functional.normalize(torch.randn(rows, length, generator=draw), dim=1)
+
+
+def small(**changes) -> MoCo:
+    settings = {"dim": 16, "K": 32, "m": 0.99, "tau": 0.2, "mlp": True, "bn_groups": 2} | changes
+    torch.manual_seed(0)
+    return MoCo("resnet18", **settings, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("K", [1, 64, 65536])
+def test_identical_embeddings_give_log_k_plus_1(K):
+    q = unit(1, 8, 0).expand(4, 8)
+    logits = contrastive_logits(q, q, q[:1].T.expand(8, K), tau=0.07)
+    assert float(contrastive_loss(logits)) == pytest.approx(math.log(K + 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.07, 0.2, 1.0])
+def test_the_loss_is_equation_1(tau):
+    q, k, queue = unit(5, 8, 0), unit(5, 8, 1), unit(7, 8, 2).T
+    loss = contrastive_loss(contrastive_logits(q, k, queue, tau))
+    torch.testing.assert_close(loss, info_nce(q, k, queue, tau), rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_of_other_lengths_are_refused():
+    with pytest.raises(ValueError, match="embeddings differ in length"):
+        contrastive_logits(unit(2, 8, 0), unit(2, 8, 1), unit(3, 9, 2).T, 0.2)
+
+
+def test_the_key_encoder_follows_equation_2_in_parameters_only():
+    model = small(m=0.9)
+    with torch.no_grad():
+        for parameter in model.encoder_q.parameters():
+            parameter.add_(1.0)
+    theta_k = [p.clone() for p in model.encoder_k.parameters()]
+    theta_q = [p.clone() for p in model.encoder_q.parameters()]
+    statistics = [b.clone() for b in model.encoder_k.buffers()]
+    model.update_key_encoder()
+    for now, k, q in zip(model.encoder_k.parameters(), theta_k, theta_q, strict=True):
+        torch.testing.assert_close(now, 0.9 * k + 0.1 * q)
+    assert all(
+        torch.equal(now, then)
+        for now, then in zip(model.encoder_k.buffers(), statistics, strict=True)
+    )
+
+
+def test_both_encoders_start_equal_and_only_f_q_learns():
+    model = small()
+    for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
+        assert torch.equal(q, k)
+        assert q.requires_grad
+        assert not k.requires_grad
+
+
+def test_a_step_reaches_every_parameter_of_f_q_and_none_of_f_k():
+    model = small()
+    images = torch.randn(2, 16, 3, 32, 32)
+    contrastive_loss(model(images[0], images[1], torch.randperm(16))).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder_q.parameters())
+    assert all(p.grad is None for p in model.encoder_k.parameters())
+
+
+def test_keys_enter_the_queue_in_the_order_of_the_images():
+    model = small(m=1.0)
+    im_q, im_k = torch.randn(2, 16, 3, 32, 32)
+    shuffle = torch.randperm(16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        k = functional.normalize(model.encoder_k(im_k[shuffle]), dim=1)
+        model(im_q, im_k, shuffle)
+    torch.testing.assert_close(model.queue[:, :16].T[shuffle], k, rtol=1e-4, atol=1e-5)
+
+
+def test_a_positive_is_the_images_own_key_whatever_the_shuffle():
+    model = small(bn_groups=1, m=1.0)  # one group: shuffling changes nothing but the order
+    im_q, im_k = torch.randn(2, 16, 3, 32, 32)
+    orders = [torch.arange(16), torch.randperm(16)]
+    with torch.no_grad():
+        positives = [model(im_q, im_k, order)[:, 0] for order in orders]
+    torch.testing.assert_close(*positives, rtol=1e-4, atol=1e-4)
+
+
+def test_the_queue_wraps_around_for_any_batch_and_k():
+    model = small(K=10)
+    before = model.queue.clone()
+    for start in (0, 7, 14):
+        model.enqueue(torch.full((7, 16), float(start + 1)))
+    # 21 keys into 10 places: the third batch lies at 4, 5, ... 9, 0.
+    assert int(model.queue_ptr) == 1
+    assert model.queue[0].tolist() == [15.0] + [8.0] * 3 + [15.0] * 6
+    assert not torch.equal(model.queue, before)
+
+
+def test_the_current_keys_are_no_negatives_of_their_step():
+    model = small()
+    im_q, im_k = torch.randn(2, 16, 3, 32, 32)
+    queue = model.queue.clone()
+    with torch.no_grad():
+        logits = model(im_q, im_k, torch.arange(16))
+        model.train()
+        q = functional.normalize(model.encoder_q(im_q), dim=1)
+    torch.testing.assert_close(logits[:, 1:], q @ queue / 0.2, rtol=1e-4, atol=1e-4)
+
+
+def test_the_state_dict_has_the_references_names_and_order():
+    names = list(small(K=64).state_dict())
+    assert names[:3] == ["queue", "queue_ptr", "encoder_q.conv1.weight"]
+    assert {"encoder_q.fc.0.weight", "encoder_q.fc.2.bias"} <= set(names)
+    assert not any(".fc.1." in name for name in names)
+    plain = list(small(mlp=False).state_dict())
+    assert "encoder_k.fc.weight" in plain
+    half = (len(plain) - 2) // 2
+    assert [n.replace("_q", "_k") for n in plain[2 : 2 + half]] == plain[2 + half :]
+
+
+@pytest.mark.parametrize(
+    ("mlp", "parameters", "keys"), [(False, 23770304, 642), (True, 27966656, 646)]
+)
+def test_resnet50_has_the_published_size(mlp, parameters, keys):
+    with torch.device("meta"):
+        model = MoCo(
+            "resnet50", dim=128, K=65536, m=0.999, tau=0.07, mlp=mlp, bn_groups=1, generator=None
+        )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (trained, len(model.state_dict())) == (parameters, keys)
