@@ -1,0 +1,1 @@
+"""Whole tables from one checkpoint, and how fast."""

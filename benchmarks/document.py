@@ -1,0 +1,281 @@
+"""A document of blocks, written as one self-contained HTML page or as Markdown.
+
+All text is escaped: a checkpoint or a class named `<script>` stays a name. Between backticks stands
+code. The page asks the network for nothing: its pictures are inside it.
+"""
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+_TICKS = re.compile(r"`([^`]+)`")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; `kind` is '' or 'note', 'hole', 'lede'."""
+
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number: what it is, its value, what stands beside it."""
+
+    label: str
+    value: str
+    beside: str
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Headline numbers side by side."""
+
+    tiles: Sequence[Tile]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table; `kind` is '' or 'grey', 'strong', 'rule'."""
+
+    cells: Sequence[str]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; a first column of words, then numbers or words.
+
+    Attributes:
+        head: names of the columns.
+        lines: its rows; a row of one cell spans the table.
+        groups: (name, number of columns) above the head.
+        numbers: whether all but the first column are numbers.
+    """
+
+    head: Sequence[str]
+    lines: Sequence[Line]
+    groups: Sequence[tuple[str, int]] = ()
+    numbers: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure or photograph.
+
+    Attributes:
+        content: an SVG's text or a PNG's bytes.
+        path: where Markdown finds it, relative to the report.
+        caption: what it shows, for readers who do not see it too.
+    """
+
+    content: str | bytes
+    path: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Lines to type."""
+
+    lines: Sequence[str]
+
+
+Block = Text | Tiles | Table | Picture | Commands
+
+
+@dataclass
+class Section:
+    """A heading and its blocks."""
+
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+
+@dataclass
+class Document:
+    """A title, blocks before the first heading, sections."""
+
+    title: str
+    opening: list[Block] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+
+
+def to_html(document: Document) -> str:
+    """Write a document as one page that needs no other file and no network."""
+    parts = [f"<h1>{html.escape(document.title)}</h1>", *map(_html_block, document.opening)]
+    links = [f'<a href="#s{i}">{html.escape(s.title)}</a>' for i, s in _numbered(document)]
+    parts.append(f"<nav>{' '.join(links)}</nav>")
+    for number, section in _numbered(document):
+        blocks = "\n".join(map(_html_block, section.blocks))
+        parts.append(
+            f'<section id="s{number}"><h2>{html.escape(section.title)}</h2>\n{blocks}</section>'
+        )
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(document.title)}</title>\n<style>{CSS}</style></head>\n"
+        f"<body><main>\n{body}\n</main></body></html>\n"
+    )
+
+
+def to_markdown(document: Document) -> str:
+    """Write a document as Markdown; its pictures are files beside it."""
+    parts = [f"# {_plain(document.title)}", *map(_markdown_block, document.opening)]
+    for section in document.sections:
+        parts += [f"## {_plain(section.title)}", *map(_markdown_block, section.blocks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _numbered(document: Document) -> list[tuple[int, Section]]:
+    return list(enumerate(document.sections, 1))
+
+
+def _html_block(block: Block) -> str:
+    match block:
+        case Text(text, kind):
+            return f'<p class="{kind}">{_inline(text)}</p>' if kind else f"<p>{_inline(text)}</p>"
+        case Tiles(tiles):
+            return f'<div class="tiles">{"".join(map(_html_tile, tiles))}</div>'
+        case Table():
+            return _html_table(block)
+        case Picture(content, _, caption):
+            return (
+                f'<figure><img src="{_data(content)}" alt="{html.escape(caption)}">'
+                f"<figcaption>{_inline(caption)}</figcaption></figure>"
+            )
+        case Commands(lines):
+            return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+
+
+def _html_tile(tile: Tile) -> str:
+    return (
+        f"<div><span>{html.escape(tile.label)}</span><b>{html.escape(tile.value)}</b>"
+        f"<span>{html.escape(tile.beside)}</span></div>"
+    )
+
+
+def _html_table(table: Table) -> str:
+    rows = []
+    if table.groups:
+        spans = (f'<th colspan="{n}">{_inline(name)}</th>' for name, n in table.groups)
+        rows.append(f'<tr class="groups">{"".join(spans)}</tr>')
+    rows.append(f"<tr>{''.join(f'<th>{_inline(name)}</th>' for name in table.head)}</tr>")
+    body = []
+    for line in table.lines:
+        if len(line.cells) == 1:
+            cells = f'<td colspan="{len(table.head)}">{_inline(line.cells[0])}</td>'
+        else:
+            first, *rest = (_html_cell(cell) for cell in line.cells)
+            cells = f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest)
+        body.append(f'<tr class="{line.kind}">{cells}</tr>' if line.kind else f"<tr>{cells}</tr>")
+    kind = ' class="numbers"' if table.numbers else ""
+    return (
+        f'<div class="wide"><table{kind}><thead>{"".join(rows)}</thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _html_cell(text: str) -> str:
+    """Write a cell; what stands under its first line is small."""
+    first, _, rest = text.partition("\n")
+    return _inline(first) + (f"<br><small>{_inline(rest)}</small>" if rest else "")
+
+
+def _inline(text: str) -> str:
+    return _TICKS.sub(r"<code>\1</code>", html.escape(text))
+
+
+def _data(content: str | bytes) -> str:
+    kind = "svg+xml" if isinstance(content, str) else "png"
+    raw = content.encode() if isinstance(content, str) else content
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+def _markdown_block(block: Block) -> str:
+    match block:
+        case Text(text, kind):
+            return f"> {_plain(text)}" if kind in ("note", "hole") else _plain(text)
+        case Tiles(tiles):
+            lines = [f"- {t.label}: **{t.value}** ({t.beside})" for t in tiles]
+            return "\n".join(map(_plain, lines))
+        case Table():
+            return _markdown_table(block)
+        case Picture(_, path, caption):
+            return f"![{_plain(caption)}](<{path}>)\n\n{_plain(caption)}"
+        case Commands(lines):
+            return "\n".join(["```", *lines, "```"])
+
+
+def _markdown_table(table: Table) -> str:
+    above = [name for name, count in table.groups for _ in range(count)] or [""] * len(table.head)
+    head = [" ".join(filter(None, pair)) for pair in zip(above, table.head, strict=True)]
+    rule = ["---", *(["---:" if table.numbers else "---"] * (len(head) - 1))]
+    lines = [[*line.cells, *[""] * (len(head) - len(line.cells))] for line in table.lines]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in (head, rule, *lines))
+
+
+def _cell(text: str) -> str:
+    return _plain(text).replace("\n", " ").replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    """Keep names that look like HTML names in Markdown too, except inside code."""
+    parts = re.split(r"(`[^`]+`)", text)
+    return "".join(p if p.startswith("`") else p.replace("<", "&lt;") for p in parts)
+
+
+CSS = """
+:root { --ink:#1b1f24; --soft:#5b6570; --line:#d9dee3; --page:#fff; --panel:#f5f7f9;
+  --blue:#0072B2; --warn:#8a4b00; --warnbg:#fff4e2; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --ink:#e6e9ec; --soft:#9aa5b1; --line:#39424c;
+  --page:#14181c; --panel:#1d2329; --blue:#6db8e6; --warn:#ffc477; --warnbg:#33270f; } }
+* { box-sizing: border-box; }
+body { margin:0; background:var(--page); color:var(--ink);
+  font:16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width:1140px; margin:0 auto; padding:32px 24px 64px; }
+h1 { font-size:30px; line-height:1.2; margin:0 0 12px; }
+h2 { font-size:21px; margin:44px 0 10px; padding-top:14px; border-top:1px solid var(--line); }
+p { margin:10px 0; max-width:86ch; overflow-wrap:anywhere; }
+p.lede { font-size:18px; } p.note { color:var(--soft); font-size:14.5px; }
+p.hole { background:var(--warnbg); color:var(--warn); border-left:4px solid currentColor;
+  padding:8px 12px; }
+nav { margin:20px 0 0; font-size:14.5px; } nav a { color:var(--blue); margin-right:16px; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fill,minmax(210px,1fr)); gap:14px;
+  margin:22px 0; }
+.tiles div { background:var(--panel); border:1px solid var(--line); border-radius:8px;
+  padding:12px 16px; }
+.tiles span { display:block; color:var(--soft); font-size:14px; }
+.tiles b { display:block; font-size:28px; line-height:1.35; font-variant-numeric:tabular-nums; }
+.wide { overflow-x:auto; margin:14px 0; }
+table { border-collapse:collapse; font-size:14.5px; min-width:100%; }
+th, td { padding:6px 10px; text-align:left; vertical-align:top;
+  border-bottom:1px solid var(--line); }
+td { overflow-wrap:anywhere; } tbody th { font-weight:500; }
+thead th { font-size:13px; color:var(--soft); font-weight:600; vertical-align:bottom; }
+tr.groups th { text-align:center; color:var(--ink); border-bottom:2px solid var(--ink);
+  border-left:10px solid var(--page); } tr.groups th:first-child { border-bottom:0; }
+table.numbers td { white-space:nowrap; font-variant-numeric:tabular-nums; }
+table.numbers td, table.numbers thead tr:not(.groups) th:not(:first-child) { text-align:right; }
+table.numbers th[scope=row] { min-width:178px; }
+table.numbers th, table.numbers td { padding:5px 7px; }
+table:not(.numbers) th[scope=row] { min-width:150px; width:210px; }
+table small { color:var(--soft); font-weight:400; }
+tr.strong > * { font-weight:700; } tr.grey > * { color:var(--soft); font-size:13px; }
+table.numbers tr.rule td { text-align:left; color:var(--soft); font-size:13px; white-space:normal;
+  padding-top:18px; border-bottom:2px solid var(--line); }
+figure { margin:16px 0; } figure img { max-width:100%; height:auto; background:#fff; padding:8px;
+  border:1px solid var(--line); border-radius:8px; }
+figcaption { color:var(--soft); font-size:14px; max-width:86ch; }
+pre { background:var(--panel); border:1px solid var(--line); border-radius:8px; padding:12px 16px;
+  overflow-x:auto; font-size:13.5px; line-height:1.6; }
+code { font-size:.88em; background:var(--panel); padding:1px 4px; border-radius:4px; }
+td code { background:none; padding:0; }
+@media print { nav { display:none; } main { max-width:none; padding:0; }
+  pre { white-space:pre-wrap; }
+  section { break-inside:avoid-page; } .wide { overflow:visible; } }
+"""

@@ -1,0 +1,390 @@
+"""What the page says: a suite's findings as a document, for a reader who opens it cold."""
+
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.document import (
+    Commands,
+    Document,
+    Line,
+    Picture,
+    Section,
+    Table,
+    Text,
+    Tile,
+    Tiles,
+)
+from benchmarks.findings import LEARNED, Cell, Findings, Row
+
+TASKS = {
+    "coco": "Mask R-CNN R50-C4, COCO layout",
+    "voc07": "Faster R-CNN R50-C4, VOC layout",
+    "linear": "Linear classifier",
+    "knn": "kNN",
+}
+SHORT = {"coco": "Mask R-CNN", "voc07": "Faster R-CNN", "linear": "Linear classifier", "knn": "kNN"}
+HEADLINES = ("coco/box_AP", "voc07/AP50", "linear/top1", "knn20/top1")
+PICTURES = {"coco": "Mask R-CNN on the COCO layout", "voc": "Faster R-CNN on the VOC layout"}
+V2 = "--mlp --moco-t 0.2 --aug-plus --cos"
+
+
+def build(findings: Findings) -> Document:
+    """Write the document of one suite."""
+    sections = [
+        Section("The table", _table(findings)),
+        Section("What these numbers are worth", _worth(findings)),
+        Section("Pretraining", _pretraining(findings)),
+        Section("Conversion", _conversion(findings)),
+        Section("Detector training", _detectors(findings)),
+        Section("Detections beside the ground truth", _pictures(findings)),
+        Section("Next: your own checkpoint and images", _next(findings)),
+        Section("How this was run", _record(findings)),
+    ]
+    return Document(f"MoCo Transfer: what {_name(findings)} is worth", _opening(findings), sections)
+
+
+def _opening(findings: Findings) -> list[Any]:
+    first = _made(findings) + (
+        " It was measured in four ways: fine-tuned in two Detectron2 detectors, and frozen under a "
+        "linear classifier and a kNN vote; each number stands beside random initialisation with "
+        "the same data, schedule and budget."
+    )
+    holes = [Text("; ".join(findings.holes), "hole")] if findings.holes else []
+    differences = findings.differences()
+    tiles = []
+    for task in dict.fromkeys(findings.columns[metric] for metric in _ordered(findings)):
+        metrics = [metric for metric, of in findings.columns.items() if of == task]
+        metric = next((metric for metric in metrics if metric in HEADLINES), metrics[0])
+        if metric in differences:
+            first_cell, random = (row.cells[metric] for row in findings.measured[:2])
+            beside = f"random init {_one_line(random)}, difference {differences[metric]:+.1f}"
+            label = f"{SHORT.get(task, task)}, {_metric(metric)}"
+            tiles.append(Tile(label, _one_line(first_cell), beside))
+    return [Text(first, "lede"), *holes, *([Tiles(tiles)] if tiles else [])]
+
+
+def _made(findings: Findings) -> str:
+    """Say in a sentence where the checkpoint came from."""
+    found = findings.pretraining
+    if found is None:
+        return f"{_name(findings)} was given as a file and converted for Detectron2."
+    facts = found.facts
+    images = f"{facts['images']:,} images" if isinstance(facts.get("images"), int) else "images"
+    took = f" for {_minutes(facts['seconds'])}" if facts.get("seconds") else ""
+    method, arch = facts.get("method", "MoCo"), _arch(facts.get("arch"))
+    where = facts.get("set", "the embedded set")
+    return f"A {method} {arch} was pretrained on {images} ({where}){took} on this machine."
+
+
+def _table(findings: Findings) -> list[Any]:
+    if not findings.columns:
+        return [Text("not run: no measurement ended well, so there is no number to show", "hole")]
+    metrics = _ordered(findings)
+    order = list(dict.fromkeys(findings.columns[metric] for metric in metrics))
+    groups = [("", 1)]
+    for task in order:
+        count = sum(findings.columns[metric] == task for metric in metrics)
+        groups.append((TASKS.get(task, task), count))
+    head = ["initialised from", *(_metric(metric) for metric in metrics)]
+    lines = [Line(_cells(row, metrics)) for row in findings.measured]
+    lines[0] = Line(lines[0].cells, "strong")
+    differences = findings.differences()
+    if differences:
+        shown = [f"{differences[m]:+.1f}" if m in differences else "–" for m in metrics]
+        lines.append(Line(["difference", *shown]))
+    if findings.published:
+        rule = (
+            "Printed in the papers, not comparable: ImageNet-1k (IN-1M) on 8 GPUs for days, the "
+            "full COCO and VOC at full size"
+        )
+        lines.append(Line([rule], "rule"))
+    lines += [Line(_cells(row, metrics), "grey") for row in findings.published]
+    blocks: list[Any] = [Table(head, lines, groups, numbers=True), Text(_legend(findings), "note")]
+    if findings.published:
+        sources = [Line([row.label, row.source], "grey") for row in findings.published]
+        blocks.append(Table(["grey row", "source"], sources))
+    for task in findings.mixed_protocols():
+        blocks.append(
+            Text(
+                f"{TASKS.get(task, task)}: the rows were measured under different protocols (their "
+                "fingerprints differ, see below): do not compare them",
+                "hole",
+            )
+        )
+    return blocks
+
+
+def _legend(findings: Findings) -> str:
+    counts = {c.seeds for row in findings.measured for c in row.cells.values()}
+    several = " or ".join(str(count) for count in sorted(counts - {1}))
+    spread = f" ± is the sample standard deviation over {several} seeds." if several else ""
+    once = " Numbers without ± are single runs: their spread is unknown." if 1 in counts else ""
+    inside = _inside_spread(findings)
+    close = f" Differences within the two rows' spread: {', '.join(inside)}." if inside else ""
+    return f"All numbers are percent; – is not measured or not printed.{spread}{once}{close}"
+
+
+def _inside_spread(findings: Findings) -> list[str]:
+    """Name the metrics whose difference from random init is within the rows' joint spread."""
+    inside = []
+    for metric, difference in findings.differences().items():
+        cells = [row.cells[metric] for row in findings.measured[:2]]
+        joint = sum((cell.spread or 0.0) ** 2 for cell in cells) ** 0.5
+        if all(cell.spread is not None for cell in cells) and abs(difference) <= joint:
+            inside.append(f"{SHORT.get(metric.split('/')[0], 'kNN')} {_metric(metric)}")
+    return inside
+
+
+def _worth(findings: Findings) -> list[Any]:
+    took = findings.pretraining and findings.pretraining.facts.get("seconds")
+    budget = f"{_minutes(took)} of pretraining on a CPU" if took else "These measurements"
+    return [
+        Text(
+            f"{budget} {'stand' if took else 'take minutes on a CPU and stand'} against 53 hours "
+            "on 8 V100 GPUs in the papers (MoCo v2, Table 3). Features after minutes need not beat "
+            "random initialisation, whose convolutions are already good at digits: the table "
+            "shows what came out. What counts on this page is the road: whether the loss falls, "
+            "every tensor arrives and the detectors learn. The same commands then take a budget "
+            "that counts."
+        ),
+        Text("An honest budget: ImageNet-1k, 200 epochs of MoCo v2, then its published detectors."),
+        Commands(
+            [
+                f"python pretrain/main_moco.py /path/to/imagenet {V2} --epochs 200",
+                "python convert/to_detectron2.py ckpt.pth",
+                "python transfer/train_net.py --config configs/coco_R50_C4_1x_moco.yaml",
+                "python transfer/train_net.py --config configs/voc_R50_C4_24k_moco.yaml",
+            ]
+        ),
+    ]
+
+
+def _pretraining(findings: Findings) -> list[Any]:
+    found = findings.pretraining
+    if found is None:
+        given = findings.suite.get("given", {}).get("checkpoint")
+        return [
+            Text(f"not run: the checkpoint was given (`{given}`)" if given else "not run", "hole")
+        ]
+    blocks: list[Any] = []
+    if found.under_chance is not None:
+        verdict = "it learns" if found.under_chance >= LEARNED else "less than wanted"
+        blocks.append(
+            Text(
+                f"Check: mean loss of the last tenth is {found.last_tenth:.2f}, "
+                f"{found.under_chance:.1f}% under log(K+1) = {found.chance:.2f}; wanted: at least "
+                f"{LEARNED:g}%: {verdict}."
+            )
+        )
+    figure = plots.pretraining_figure(found)
+    if figure is None:
+        blocks.append(Text("not run: the log holds no step yet", "hole"))
+    else:
+        caption = (
+            "The contrastive loss may rise first, while random queue entries are replaced; chance "
+            "is a guess among the positive and K negatives."
+            + (" The kNN vote on frozen features is not what it asks for." if found.knn else "")
+        )
+        blocks.append(Picture(figure, "figures/pretraining.svg", caption))
+    return [*blocks, Text(_settings(found.facts), "note")]
+
+
+def _settings(facts: dict[str, Any]) -> str:
+    """Say a pretraining's settings in a line; what its record lacks is left out."""
+    parts = [str(facts[key]) for key in ("method", "set") if key in facts]
+    parts += [_arch(facts["arch"])] if "arch" in facts else []
+    parts += [f"{facts['images']} images"] if "images" in facts else []
+    names = {"K": "queue length K", "m": "momentum m", "tau": "temperature tau"}
+    parts += [f"{name} = {facts[key]}" for key, name in names.items() if key in facts]
+    parts += [_minutes(facts["seconds"])] if facts.get("seconds") else []
+    return ", ".join(parts)
+
+
+def _conversion(findings: Findings) -> list[Any]:
+    found = findings.certificate
+    if found is None:
+        return [Text("not run: there is no certificate", "hole")]
+    tensors, proof, pixels = (found.get(key) or {} for key in ("tensors", "proof", "pixels"))
+    lines = [
+        Line(["source", f"{found.get('source')}, sha256 `{found.get('sha256')}`"]),
+        Line(["network", f"{_arch(found.get('arch'))}, {_method(found)}"]),
+        Line(["layout", f"{found.get('layout')}, {found.get('branch')} encoder"]),
+        Line(
+            [
+                "tensors landed",
+                f"{tensors.get('landed')} of {tensors.get('expected')} in Detectron2's model, "
+                f"beside {tensors.get('counters')} batch counters; {tensors.get('dropped')} "
+                "dropped (heads, other encoder, queue)",
+            ],
+            "strong",
+        ),
+    ]
+    for target in ("c4", "fpn"):
+        if target in proof:
+            gap, scale = proof[target]["largest_difference"], proof[target]["scale"]
+            size = f"{gap:.1e} at most" if gap else "0, equal to the last bit"
+            text = f"{size}, of features up to {scale:.3g} (res2 to res5, one image)"
+            lines.append(Line([f"feature difference, R50-{target.upper()}", text], "strong"))
+    if not proof.get("ran"):
+        lines.append(Line(["features compared", f"not run: {proof.get('reason')}"]))
+    lines += [
+        Line(["Detectron2 that ran", str(proof.get("detectron2") or "none")]),
+        Line(
+            [
+                "pixels it expects",
+                f"{pixels.get('channel_order')}, mean {pixels.get('mean')}, "
+                f"std {pixels.get('std')} of 0..1; stride in the 1x1 convolution: "
+                f"{found.get('stride_in_1x1')}",
+            ]
+        ),
+        Line(["output", f"`{found.get('output')}`"]),
+    ]
+    return [Table(["certificate", ""], lines)]
+
+
+def _detectors(findings: Findings) -> list[Any]:
+    figure = plots.detector_figure(findings.curves)
+    if figure is None:
+        return [Text("not run: no detector has written a training curve", "hole")]
+    caption = (
+        "Total training loss of the detectors (thin: each logged iteration, thick: moving mean), "
+        "MoCo beside random initialisation, same schedule."
+    )
+    return [Picture(figure, "figures/detectors.svg", caption)]
+
+
+def _pictures(findings: Findings) -> list[Any]:
+    blocks = []
+    for name, path in findings.pictures.items():
+        task, _, init = name.partition("/")
+        what = "random initialisation" if init == "random" else f"{findings.measured[0].label}"
+        title = PICTURES.get(task, task)
+        caption = f"{title}, from {what}: validation scenes, ground truth beside detections."
+        blocks.append(Picture(path.read_bytes(), str(path.relative_to(findings.root)), caption))
+    return blocks or [Text("not run: no detector has drawn its detections", "hole")]
+
+
+def _next(findings: Findings) -> list[Any]:
+    return [
+        Text(
+            "This page for a checkpoint of your own, in any layout that the converter recognises:"
+        ),
+        Commands([f"python benchmarks/suite.py ckpt.pth --suite {findings.suite.get('typed')}"]),
+        Text(
+            "Pretrain MoCo v2 on a folder of your own (images in `train/CLASS/`), convert, "
+            "fine-tune on COCO under `DETECTRON2_DATASETS`, and probe its features on your classes:"
+        ),
+        Commands(
+            [
+                f"python pretrain/main_moco.py /path/to/images {V2}",
+                "python convert/to_detectron2.py ckpt.pth",
+                "python transfer/train_net.py --config configs/coco_R50_C4_1x_moco.yaml",
+                "python transfer/main_lincls.py /path/to/images --pretrained ckpt.pth",
+                "python transfer/knn.py /path/to/images --pretrained ckpt.pth",
+            ]
+        ),
+    ]
+
+
+def _record(findings: Findings) -> list[Any]:
+    suite = findings.suite
+    jobs = [
+        Line(
+            [
+                str(job.get("name")),
+                f"{job.get('state')}" + (f": {job['reason']}" if job.get("reason") else ""),
+                _took(job),
+                f"`{job.get('command')}`",
+            ]
+        )
+        for job in suite["jobs"]
+    ]
+    work = sum(job.get("seconds") or 0 for job in suite["jobs"])
+    call = (
+        f"Suite `{suite.get('suite')}`, up to {suite.get('parallel')} jobs at once on "
+        f"{suite.get('cores')} cores: the last call took {_minutes(suite.get('seconds') or 0)}; "
+        f"the jobs took {_minutes(work)} together. Finished jobs are reused, not run again."
+    )
+    prints = [
+        Line([name, f"`{record.get('fingerprint')}`", _data_name(record), _took(record)])
+        for name, record in findings.records.items()
+    ]
+    return [
+        Text(call),
+        Table(["job", "state", "seconds", "command"], jobs),
+        Text("Two numbers compare only if the fingerprints of their protocols are equal."),
+        Table(["evaluation", "fingerprint", "data", "seconds"], prints),
+        Table(["environment", ""], _environment(findings)),
+    ]
+
+
+def _environment(findings: Findings) -> list[Line]:
+    found = findings.suite.get("environment") or {}
+    hardware, versions = found.get("hardware") or {}, found.get("versions") or {}
+    gpus = ", ".join(hardware.get("gpus") or []) or "none used"
+    named = ", ".join(f"{name} {v}" for name, v in versions.items() if v and name != "detectron2")
+    return [
+        Line(["MoCo Transfer", f"{found.get('moco_transfer')}, commit {found.get('commit')}"]),
+        Line(["Detectron2", str(versions.get("detectron2") or "not installed")]),
+        Line(["libraries", f"Python {found.get('python')}, {named}"]),
+        Line(["hardware", f"{hardware.get('cpu')}, {hardware.get('cores')} cores; GPUs: {gpus}"]),
+        Line(["system", str(found.get("platform"))]),
+    ]
+
+
+def _ordered(findings: Findings) -> list[str]:
+    """Order the columns by task; jobs that ran at once may have come in any order."""
+    tasks = [*TASKS, *(t for t in findings.columns.values() if t not in TASKS)]
+    return sorted(findings.columns, key=lambda metric: tasks.index(findings.columns[metric]))
+
+
+def _cells(row: Row, metrics: list[str]) -> list[str]:
+    return [row.label, *(_number(row.cells[m]) if m in row.cells else "–" for m in metrics)]
+
+
+def _number(cell: Cell) -> str:
+    return f"{cell.mean:.1f}" + (f"\n± {cell.spread:.1f}" if cell.spread is not None else "")
+
+
+def _one_line(cell: Cell) -> str:
+    return _number(cell).replace("\n", " ")
+
+
+def _metric(metric: str) -> str:
+    task, _, name = metric.partition("/")
+    k = f"k={task[3:]} " if task.startswith("knn") and task[3:].isdigit() else ""
+    return k + name.replace("_", " ").replace("top", "top-")
+
+
+def _name(findings: Findings) -> str:
+    found = findings.certificate
+    if found is None:
+        return "a checkpoint"
+    return f"{found.get('source')} ({_method(found)})"
+
+
+def _method(certificate: dict[str, Any]) -> str:
+    epoch = certificate.get("epoch")
+    return f"{certificate.get('method')}" + ("" if epoch is None else f", epoch {epoch}")
+
+
+def _arch(name: object) -> str:
+    return {"resnet50": "ResNet-50", "resnet18": "ResNet-18"}.get(str(name), str(name))
+
+
+def _data_name(record: dict[str, Any]) -> str:
+    data = record.get("data") or {}
+    parts = [data[part] for part in ("train", "val", "test") if isinstance(data.get(part), dict)]
+    names = [str(name) for part in parts for name in part.get("names", [])]
+    counts = ", ".join(f"{part['images']:,}" for part in parts if "images" in part)
+    name = str(data.get("name") or ", ".join(names))
+    return f"{name} ({counts} images)" if counts else name
+
+
+def _took(record: dict[str, Any]) -> str:
+    return f"{record.get('seconds') or 0:.0f}"
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

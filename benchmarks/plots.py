@@ -1,0 +1,111 @@
+"""The figures of the page, as SVG: drawn without a display, readable without colour.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines differ in style too.
+"""
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.findings import LEARNED, Curve, Pretraining
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+STYLES = {"moco": (BLUE, "-", "MoCo"), "random": (ORANGE, "--", "random init")}
+TITLES = {"coco": "Mask R-CNN on the COCO layout", "voc": "Faster R-CNN on the VOC layout"}
+
+
+def pretraining_figure(found: Pretraining) -> str | None:
+    """Draw loss against step with the chance line, and kNN top-1 against epoch; None if empty."""
+    if not found.loss and not found.knn:
+        return None
+    figure, axes = _figure(1 + bool(found.knn and found.loss))
+    if found.loss:
+        _loss_axes(axes[0], found)
+    if found.knn:
+        axis = axes[-1]
+        axis.plot(*_xy(found.knn), color=BLUE, marker="o", markersize=4)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("kNN top-1, percent")
+        axis.set_title("kNN vote on frozen features while pretraining", loc="left")
+    return _svg(figure)
+
+
+def detector_figure(curves: dict[str, Curve]) -> str | None:
+    """Draw the detectors' total loss, one panel a task, MoCo beside random init; None if empty."""
+    tasks = list(dict.fromkeys(name.split("/")[0] for name, curve in curves.items() if curve))
+    if not tasks:
+        return None
+    figure, axes = _figure(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for name, curve in curves.items():
+            if name.split("/")[0] != task or not curve:
+                continue
+            init = name.split("/")[-1]
+            colour, style, label = STYLES.get(init, (GREY, ":", init))
+            axis.plot(*_xy(curve), color=colour, linewidth=0.7, alpha=0.35)
+            axis.plot(*_xy(smooth(curve)), color=colour, linestyle=style, label=label)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("iteration")
+        axis.set_ylabel("total training loss")
+        axis.set_title(TITLES.get(task, task), loc="left")
+        axis.legend(frameon=False)
+    return _svg(figure)
+
+
+def smooth(curve: Curve, share: float = 0.05) -> Curve:
+    """Return a centred moving mean over a share of the curve; short curves stay as they are."""
+    half = int(len(curve) * share / 2)
+    smoothed = []
+    for index, (x, _) in enumerate(curve):
+        reach = min(half, index, len(curve) - 1 - index)
+        window = curve[index - reach : index + reach + 1]
+        smoothed.append((x, sum(y for _, y in window) / len(window)))
+    return smoothed
+
+
+def _loss_axes(axis: Any, found: Pretraining) -> None:
+    axis.plot(*_xy(found.loss), color=BLUE, linewidth=0.7, alpha=0.4)
+    axis.plot(*_xy(smooth(found.loss)), color=BLUE)
+    if found.chance is not None:
+        goal = found.chance * (1 - LEARNED / 100)
+        marks = [
+            (found.chance, ORANGE, "--", f"chance, log(K+1) = {found.chance:.2f}"),
+            (goal, GREY, ":", f"{LEARNED:g}% under chance = {goal:.2f}"),
+        ]
+        for y, colour, style, text in marks:
+            axis.axhline(y, color=colour, linestyle=style)
+            place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right"}
+            axis.annotate(text, (1.0, y), xycoords=("axes fraction", "data"), color=colour, **place)
+        axis.set_ylim(top=1.08 * max(found.chance, max(y for _, y in found.loss)))
+    axis.set_xlabel("step")
+    axis.set_ylabel("contrastive loss, nats")
+    axis.set_title("Contrastive loss, Eq. (1); thick: moving mean", loc="left")
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4 * panels, 3.5), layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    """Render a figure; equal curves give equal bytes."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "moco-transfer"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _xy(curve: Curve) -> Iterable[list[float]]:
+    return [x for x, _ in curve], [y for _, y in curve]
