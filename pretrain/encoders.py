@@ -10,7 +10,9 @@ from convert.errors import UserError, nearest
 from pretrain.norm import SplitBatchNorm
 
 
-def build_encoder(arch: str, dim: int, *, mlp: bool, bn_groups: int) -> nn.Module:
+def build_encoder(
+    arch: str, dim: int, *, mlp: bool, bn_groups: int, zero_init_residual: bool = False
+) -> nn.Module:
     """Build f_q or f_k: (N, 3, H, W) images -> (N, dim) embeddings, not normalised.
 
     Args:
@@ -18,6 +20,7 @@ def build_encoder(arch: str, dim: int, *, mlp: bool, bn_groups: int) -> nn.Modul
         dim: C, length of an embedding.
         mlp: v2's head, two layers with a ReLU between (arXiv:2003.04297, Sec. 2), instead of one.
         bn_groups: groups of every batch norm.
+        zero_init_residual: start every block as the identity (arXiv:1706.02677, Sec. 5.1).
 
     Raises:
         UserError: the name is not one of a ResNet.
@@ -26,7 +29,9 @@ def build_encoder(arch: str, dim: int, *, mlp: bool, bn_groups: int) -> nn.Modul
         near = nearest(arch, ARCHS.values())
         raise UserError(f"arch '{arch}': is not a ResNet that is known here; near it: {near}")
     norm = partial(SplitBatchNorm, groups=bn_groups)
-    encoder: nn.Module = getattr(torchvision.models, arch)(num_classes=dim, norm_layer=norm)
+    encoder: nn.Module = getattr(torchvision.models, arch)(
+        num_classes=dim, norm_layer=norm, zero_init_residual=zero_init_residual
+    )
     if mlp:
         assert isinstance(encoder.fc, nn.Linear)
         width = encoder.fc.in_features

@@ -1,6 +1,5 @@
 """The training loop: learning rate from progress, one step after another, everything logged."""
 
-import json
 import math
 import os
 import re
@@ -143,7 +142,10 @@ def train(
     path = checkpoint.find_resume(resume, folder) if resume else None
     if path is not None:
         run.step = checkpoint.resume(path, run.model, run.optimizer, config)
-        print(f"resumed {path} at step {run.step} of {run.steps}")
+        if run.step >= run.steps:
+            print(f"{folder}: this run is finished, {run.step} steps")
+            return path
+        print(f"resumed {path} at step {run.step} of {run.steps}", flush=True)
     with (
         StopRequest((signal.SIGINT, signal.SIGTERM)) as stop,
         Progress(
@@ -177,6 +179,7 @@ class _Run:
             tau=config.tau,
             mlp=config.mlp,
             bn_groups=config.bn_groups,
+            zero_init_residual=config.zero_init_residual,
             generator=generator(config.seed, "queue"),
         )
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -202,22 +205,19 @@ class _Run:
             (line.get("seconds", 0.0) for line in read_log(self.folder)), default=0.0
         )
         saved, last_saved, since_line = resumed, time.monotonic(), time.monotonic()
-        losses: list[Tensor] = []
-        rights: list[Tensor] = []
+        seen: list[Tensor] = []
         for views in self._batches():
-            loss, right = self.take_step(*views)
-            losses.append(loss)
-            rights.append(right)
+            seen.append(self.take_step(*views))
             self.step += 1
             ends_epoch = self.step % self.steps_per_epoch == 0
             due = self._checkpoint_due(ends_epoch, last_saved) or stop.signum is not None
             if self.step % self.config.print_freq == 0 or due or ends_epoch:
                 now = time.monotonic()
                 self.seconds += now - since_line
-                values = self._read(losses, rights, now - since_line)
+                values = self._read(seen, now - since_line)
                 log.add(**values)
-                shown.add(len(losses) * self.config.batch_size, f"loss {values['loss']:.3f}")
-                since_line, losses, rights = now, [], []
+                shown.add(len(seen) * self.config.batch_size, f"loss {values['loss']:.3f}")
+                since_line, seen = now, []
             if ends_epoch and self._knn_due():
                 log.add(step=self.step, epoch=self._epoch(), knn_top1=self._vote())
                 since_line = time.monotonic()
@@ -228,8 +228,13 @@ class _Run:
         assert saved is not None
         return saved
 
-    def take_step(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one step; return its loss and the share of queries whose key scored highest."""
+    def take_step(self, im_q: Tensor, im_k: Tensor) -> Tensor:
+        """Take one step.
+
+        Returns:
+            (3,) loss, share of queries that score their key above the queue, and above the keys of
+            the other images in the batch.
+        """
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step / self.steps_per_epoch)
@@ -237,12 +242,13 @@ class _Run:
         draw = generator(config.seed, "shuffle", self.step)
         shuffle = torch.randperm(len(im_q), generator=draw).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = self.model(im_q, im_k, shuffle)
+            logits, own = self.model(im_q, im_k, shuffle)
         loss = contrastive_loss(logits.float())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return loss.detach(), (logits.argmax(dim=1) == 0).float().mean()
+        top1 = (logits.argmax(dim=1) == 0).float().mean()
+        return torch.stack([loss.detach(), top1, own.float().mean()])
 
     def finish(self, last: Path) -> Path:
         """Write the run's record and say what came out."""
@@ -291,25 +297,27 @@ class _Run:
     def _epoch(self) -> float:
         return round(self.step / self.steps_per_epoch, 4)
 
-    def _read(self, losses: list[Tensor], rights: list[Tensor], seconds: float) -> dict[str, float]:
+    def _read(self, seen: list[Tensor], seconds: float) -> dict[str, float]:
         """Fetch what the steps since the last line left on the device, and refuse a bad loss."""
-        values = torch.stack(losses)
-        bad = (~values.isfinite()).nonzero()
+        values = torch.stack(seen).cpu()
+        bad = (~values[:, 0].isfinite()).nonzero()
         if len(bad):
-            step = self.step - len(losses) + int(bad[0]) + 1
+            step = self.step - len(seen) + int(bad[0]) + 1
             raise UserError(
                 f"loss is not finite at step {step} (learning rate "
                 f"{learning_rate(self.config, (step - 1) / self.steps_per_epoch):.3g}); the "
                 f"last good checkpoint in {self.folder} stays; lower --lr"
             )
+        loss, top1, batch_top1 = values.mean(dim=0).tolist()
         return {
             "step": self.step,
             "steps": self.steps,
             "epoch": self._epoch(),
-            "loss": float(values.mean()),
-            "top1": 100 * float(torch.stack(rights).mean()),
+            "loss": loss,
+            "top1": 100 * top1,
+            "batch_top1": 100 * batch_top1,
             "lr": learning_rate(self.config, (self.step - 1) / self.steps_per_epoch),
-            "images_per_s": len(losses) * self.config.batch_size / seconds,
+            "images_per_s": len(seen) * self.config.batch_size / seconds,
             "seconds": self.seconds,
         }
 
@@ -376,9 +384,3 @@ def _has_bf16(device: str) -> bool:
         return torch.cuda.get_device_capability() >= (8, 0)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def read_record(folder: Path) -> dict[str, object] | None:
-    """Read the record of a run that has finished in this folder; None where none has."""
-    path = folder / RUN_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     config, name, rest = read_config(sys.argv[1:] if argv is None else argv)
     folder = Path(str(rest["output_dir"] or Path("output/pretrain") / name))
     from pretrain.checkpoint import claim
-    from pretrain.loop import check, read_record, train
+    from pretrain.loop import check, train
     from pretrain.monitor import KnnMonitor
     from pretrain.sources import open_set
 
@@ -96,9 +96,6 @@ def main(argv: list[str] | None = None) -> int:
     hint = "for MoCo v2 on it" if config.method == "MoCo v1" else "on a folder of your own"
     print(f"{hint}: {V2_COMMAND}", flush=True)
     config = check(config, len(images))
-    if read_record(folder) is not None and rest["resume"]:
-        print(f"{folder}: this run is finished")
-        return 0
     claim(folder, resume=bool(rest["resume"]))
     write_json(folder / "config.json", as_dict(config))
     bf16 = config.precision == "bf16"

@@ -30,6 +30,7 @@ class MoCo(nn.Module):
         tau: temperature.
         mlp: v2's head.
         bn_groups: groups of every batch norm, see `norm.py`.
+        zero_init_residual: start every residual block as the identity, see `encoders.py`.
         generator: draws the queue's first, random keys; the encoders draw from torch's own state.
     """
 
@@ -46,20 +47,29 @@ class MoCo(nn.Module):
         tau: float,
         mlp: bool,
         bn_groups: int,
+        zero_init_residual: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.m = m
         self.tau = tau
-        self.encoder_q = build_encoder(arch, dim, mlp=mlp, bn_groups=bn_groups)
-        self.encoder_k = build_encoder(arch, dim, mlp=mlp, bn_groups=bn_groups)
+        self.encoder_q, self.encoder_k = (
+            build_encoder(
+                arch,
+                dim,
+                mlp=mlp,
+                bn_groups=bn_groups,
+                zero_init_residual=zero_init_residual,
+            )
+            for _ in range(2)
+        )
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
         queue = torch.randn(dim, K, generator=generator)
         self.register_buffer("queue", functional.normalize(queue, dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def forward(self, im_q: Tensor, im_k: Tensor, shuffle: Tensor) -> Tensor:
+    def forward(self, im_q: Tensor, im_k: Tensor, shuffle: Tensor) -> tuple[Tensor, Tensor]:
         """Score queries against their keys and the queue, then enqueue the keys.
 
         Args:
@@ -69,7 +79,9 @@ class MoCo(nn.Module):
                 batch statistics of different groups.
 
         Returns:
-            (N, 1 + K) logits, positives in column 0.
+            (N, 1 + K) logits, positives in column 0; and (N,) whether each query's own key is the
+            nearest of this batch's. The queue's keys come from older encoders, which alone can tell
+            them from a positive: only keys of one age show whether images are told apart.
         """
         q = functional.normalize(self.encoder_q(im_q).float(), dim=1)
         with torch.no_grad():
@@ -78,7 +90,8 @@ class MoCo(nn.Module):
             k = functional.normalize(k, dim=1)[torch.argsort(shuffle)]
         logits = contrastive_logits(q, k, self.queue.clone(), self.tau)
         self.enqueue(k)
-        return logits
+        own = (q.detach() @ k.T).argmax(dim=1) == torch.arange(len(q), device=q.device)
+        return logits, own
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:

@@ -66,7 +66,7 @@ def test_both_encoders_start_equal_and_only_f_q_learns():
 def test_a_step_reaches_every_parameter_of_f_q_and_none_of_f_k():
     model = small()
     images = torch.randn(2, 16, 3, 32, 32)
-    contrastive_loss(model(images[0], images[1], torch.randperm(16))).backward()
+    contrastive_loss(model(images[0], images[1], torch.randperm(16))[0]).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder_q.parameters())
     assert all(p.grad is None for p in model.encoder_k.parameters())
 
@@ -86,7 +86,7 @@ def test_a_positive_is_the_images_own_key_whatever_the_shuffle():
     im_q, im_k = torch.randn(2, 16, 3, 32, 32)
     orders = [torch.arange(16), torch.randperm(16)]
     with torch.no_grad():
-        positives = [model(im_q, im_k, order)[:, 0] for order in orders]
+        positives = [model(im_q, im_k, order)[0][:, 0] for order in orders]
     torch.testing.assert_close(*positives, rtol=1e-4, atol=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_the_current_keys_are_no_negatives_of_their_step():
     im_q, im_k = torch.randn(2, 16, 3, 32, 32)
     queue = model.queue.clone()
     with torch.no_grad():
-        logits = model(im_q, im_k, torch.arange(16))
+        logits, _ = model(im_q, im_k, torch.arange(16))
         model.train()
         q = functional.normalize(model.encoder_q(im_q), dim=1)
     torch.testing.assert_close(logits[:, 1:], q @ queue / 0.2, rtol=1e-4, atol=1e-4)
@@ -133,3 +133,24 @@ def test_resnet50_has_the_published_size(mlp, parameters, keys):
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (trained, len(model.state_dict())) == (parameters, keys)
+
+
+def test_own_keys_are_told_from_the_batchs_others():
+    model = small(m=1.0).eval()  # eval: an image's embedding does not depend on the batch
+    images = torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        _, same = model(images, images, torch.randperm(16))
+        _, other = model(images, images.roll(1, dims=0), torch.randperm(16))
+    assert same.all()
+    assert not other.any()
+
+
+def test_zero_init_residual_starts_every_block_as_the_identity():
+    gammas = [
+        value
+        for name, value in small(zero_init_residual=True).state_dict().items()
+        if name.endswith("bn2.weight")
+    ]
+    assert len(gammas) == 16
+    assert not torch.stack([gamma.sum() for gamma in gammas]).any()
+    assert small().encoder_q.layer1[0].bn2.weight.all()

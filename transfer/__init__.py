@@ -1,0 +1,1 @@
+"""Says how good a backbone is: detection, linear classification, kNN."""

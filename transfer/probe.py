@@ -1,0 +1,100 @@
+"""One evaluation on frozen features: its device, images and backbones, and the record of it."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.backbone import RANDOM
+from pretrain.config import as_dict
+from transfer.classification import ProbeConfig, Request, claim_folder
+from transfer.features import (
+    Features,
+    FrozenNetwork,
+    frozen_features,
+    open_backbone,
+    open_sets,
+    pick_device,
+)
+from transfer.results import write_results
+
+
+class Probe:
+    """What every evaluation on frozen features does before and after its own part.
+
+    Args:
+        task: `linear`, `knn`.
+        config: image size, stage, seeds.
+        request: checkpoint, images, folders.
+        protocol: everything that changes the number, apart from checkpoint, data and seed.
+
+    Raises:
+        UserError: device, images or checkpoint are not there or unfit.
+    """
+
+    def __init__(
+        self, task: str, config: ProbeConfig, request: Request, protocol: Mapping[str, Any]
+    ) -> None:
+        self.started = time.time()
+        self.task, self.config, self.request, self.protocol = task, config, request, protocol
+        self.device = pick_device(request.device)
+        self.sets = open_sets(request.folder)
+        self.data = self.sets.as_dict()
+        self.num_classes = len(self.sets.train.classes)
+        self.backbone = open_backbone(request, config.seed)
+        self.checkpoint = self.backbone.facts.as_dict()
+
+    def identity(self, seed: int | None = None) -> dict[str, Any]:
+        """Say in one flat mapping what makes a run, or one seed of it, the same as another."""
+        return {
+            **self.protocol,
+            "checkpoint": self.checkpoint["sha256"],
+            "train": self.data["train"]["listing"],
+            "val": self.data["val"]["listing"],
+            "seed": self.config.seed if seed is None else seed,
+            **({"seeds": self.config.seeds} if seed is None else {}),
+        }
+
+    def finished(self, may_change: Collection[str] = ()) -> dict[str, Any] | None:
+        """Return the record of this very run, if the output folder holds it and may be resumed.
+
+        Args:
+            may_change: keys that a resumed run may have other values of.
+
+        Raises:
+            UserError: the folder cannot be written, or holds another run.
+        """
+        done = claim_folder(self.request, self.identity(), may_change)
+        say, facts, data = self.request.say, self.backbone.facts, self.data
+        images = f"{data['train']['images']} train and {data['val']['images']} val images"
+        say(f"{self.task}: {facts.name} ({facts.method}), {self.device}")
+        say(f"on {data['name']}: {images}, {self.num_classes} classes")
+        say(f"output: {self.request.output_dir}{'' if done is None else ', already done'}")
+        return done
+
+    def network(self, seed: int) -> FrozenNetwork:
+        """Return the frozen backbone; random initialisation is drawn anew from each seed."""
+        anew = self.request.pretrained == RANDOM and seed != self.config.seed
+        backbone = open_backbone(self.request, seed) if anew else self.backbone
+        return FrozenNetwork(backbone, self.config.stage, self.device)
+
+    def train_features(self, network: FrozenNetwork) -> Features:
+        """Return the features of the training images' test views."""
+        return frozen_features(network, self.sets.train, self.config, self.request, "train")
+
+    def val_features(self, network: FrozenNetwork) -> Features:
+        """Return the features of the validation images' test views."""
+        return frozen_features(network, self.sets.val, self.config, self.request, "val")
+
+    def write(self, per_seed: Sequence[Mapping[str, float]], folder: Path) -> dict[str, Any]:
+        """Write `results.json` into a folder and return it."""
+        return write_results(
+            folder,
+            task=self.task,
+            per_seed=per_seed,
+            protocol=self.protocol,
+            config=as_dict(self.config) | {"device": str(self.device)},
+            checkpoint=self.checkpoint,
+            data=self.data,
+            started=self.started,
+        )
