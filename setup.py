@@ -1,4 +1,4 @@
-"""Install MoCo Transfer: `pip install -e .` from a checkout. Settings of tools are in pyproject.toml."""
+"""Install MoCo Transfer: `pip install -e .`. Settings of tools are in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        # What Detectron2 needs; Detectron2 itself has no release on the index: see README, "Install".
+        # What Detectron2 needs; itself it has no release on the index: see README, "Install".
         "detection": [
             "cloudpickle",
             "fvcore>=0.1.5.post20221221",

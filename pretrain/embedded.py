@@ -71,6 +71,7 @@ class Recipe:
     degrees: float = 20.0  # digits turn by up to this, either way
     photo_crop: tuple[int, int] = (64, 148)  # side of the patch before it is resized, px
     background_range: tuple[float, float] = (0.3, 0.65)  # what is left of the patch's contrast
+    tint_value: tuple[float, float] = (0.3, 1.0)  # how light the colour over a patch is
     ink_contrast: float = 0.35  # luma between a digit and the mean of what it covers
 
 
@@ -362,8 +363,18 @@ def draw_background(
         patch = patch[:, ::-1]
     patch = _resize(patch, side, side)[..., rng.permutation(3)]
     kept = rng.uniform(*recipe.background_range)
-    tint = rng.uniform(0, 1 - kept, size=3) * 0.5 + rng.uniform(0, 1 - kept) * 0.5
+    tint = (1 - kept) * rng.uniform(*recipe.tint_value) * draw_hues(rng, 1)[0]
     return (patch * kept + tint).astype(np.float32)
+
+
+def draw_hues(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
+    """Draw saturated colours, (count, 3): one channel full, one empty, one between, in any order.
+
+    Instances are told apart by colour first, and it survives most augmentations.
+    """
+    hues = np.stack([np.ones(count), rng.uniform(0, 1, count), np.zeros(count)], axis=1)
+    colours: NDArray[np.float32] = rng.permuted(hues, axis=1).astype(np.float32)
+    return colours
 
 
 def _crop(photo: Pixels, rng: np.random.Generator, recipe: Recipe) -> Pixels:
@@ -409,7 +420,7 @@ def paint(canvas: Pixels, alpha: Pixels, rng: np.random.Generator, recipe: Recip
         rng: where the colour comes from.
         recipe: its `ink_contrast` is the least difference in luma.
     """
-    inks = rng.uniform(0, 1, size=(64, 3)).astype(np.float32)
+    inks = draw_hues(rng, 64) * rng.uniform(0, 1, size=(64, 1)).astype(np.float32)
     below = float((canvas @ LUMA * alpha).sum() / alpha.sum())
     contrast = np.abs(inks @ LUMA - below)
     enough = np.flatnonzero(contrast >= recipe.ink_contrast)

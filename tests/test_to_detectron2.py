@@ -41,9 +41,8 @@ def reference_conversion(state):
 def test_arrays_equal_the_references_apart_from_its_head(in_tmp, mlp):
     state = moco_state(mlp=mlp)
     torch.save({"state_dict": state}, "ckpt.pth")
-    certificate = convert("ckpt.pth" and in_tmp / "ckpt.pth")
-    with open("ckpt.pkl", "rb") as file:
-        ours = pickle.load(file)["model"]
+    certificate = convert(in_tmp / "ckpt.pth")
+    ours = pickle.loads((in_tmp / "ckpt.pkl").read_bytes())["model"]
     theirs = {k: v for k, v in reference_conversion(state).items() if not k.startswith("stem.fc")}
     assert len(theirs) == 318
     assert ours.keys() == theirs.keys()
@@ -147,16 +146,11 @@ def test_an_output_of_something_else_is_kept(script, tmp_path, moco_v2_file):
 
 
 def test_bad_files_end_in_one_line_status_2_and_no_output(script, tmp_path, moco_v2_file):
+    lines = bad_files(tmp_path, moco_v2_file)
     for name in ("missing.pth", "cut.pth", "headless.pth", "page.pth"):
-        line = bad_files_once(tmp_path, moco_v2_file)[name]
+        line = lines[name]
         done = script("convert/to_detectron2.py", name)
         assert done.returncode == 2
         assert line in done.stderr
         assert done.stderr.count("\n") == 1
         assert not list(tmp_path.glob("*.pkl"))
-
-
-def bad_files_once(folder, moco_v2_file):
-    if not (folder / "folder.pth").exists():
-        bad_files_once.lines = bad_files(folder, moco_v2_file)
-    return bad_files_once.lines

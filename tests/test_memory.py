@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from torch import nn
+
+from convert.errors import UserError
+from convert.files import ROOT
+from transfer import memory
+from transfer.recipes import load_recipe
+
+COCO = ROOT / "configs" / "coco_R50_C4_1x_moco.yaml"
+LANDSCAPE = [{"height": 480, "width": 640}]
+
+
+def need(*pairs: str, images: int = 1, pixels: int = 800 * 1067) -> float:
+    return memory.needed_bytes(load_recipe(COCO, pairs), pixels, images, nn.Identity()) / memory.GIB
+
+
+def test_the_published_image_needs_what_was_measured_on_a_cpu() -> None:
+    assert need() == pytest.approx(4.8, rel=0.15)
+
+
+def test_every_flag_that_the_refusal_names_lowers_the_need() -> None:
+    assert need(images=8) < 0.6 * need(images=16)
+    assert need(pixels=400 * 533) < need()
+    assert need("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64") < need()
+    assert need("MOCO.PRECISION", "bf16") < need()
+
+
+def test_gradients_and_momentum_of_what_is_trained_are_counted() -> None:
+    cfg, layer = load_recipe(COCO), nn.Linear(1024, 1024, bias=False)
+    bare = memory.needed_bytes(cfg, 0, 0, nn.Identity())
+    assert memory.needed_bytes(cfg, 0, 0, layer) - bare == 2 * 4 * 1024**2
+    assert memory.needed_bytes(cfg, 0, 0, layer.requires_grad_(False)) == bare
+
+
+def test_the_largest_image_is_measured_after_resizing() -> None:
+    cfg = load_recipe(COCO, ["INPUT.MIN_SIZE_TRAIN", "(400,800)"])
+    assert memory.largest_image(cfg, LANDSCAPE) == pytest.approx(800 * 1067, rel=0.001)
+    long = [{"height": 100, "width": 1000}]
+    assert memory.largest_image(cfg, long) == pytest.approx(133.3 * 1333, rel=0.001)
+
+
+def test_a_batch_is_refused_exactly_where_it_does_not_fit(monkeypatch) -> None:
+    cfg, model = load_recipe(COCO, ["MODEL.DEVICE", "cpu"]), nn.Identity()
+    needed = memory.needed_bytes(cfg, memory.largest_image(cfg, LANDSCAPE), 16, model)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed)
+    memory.check(cfg, LANDSCAPE, model, 1, 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0.99 * needed)
+    with pytest.raises(UserError, match=r"needs about \d+\.\d GiB.*IMS_PER_BATCH \(now 16;"):
+        memory.check(cfg, LANDSCAPE, model, 1, 1)
+    with pytest.raises(UserError):
+        memory.check(cfg, LANDSCAPE, model, 2, 2)  # two processes of this machine share it
+    memory.check(cfg, LANDSCAPE, model, 2, 1)  # two machines
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="asks Linux")
+def test_a_container_with_a_limit_has_no_more_than_it_leaves(tmp_path, monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    whole = memory.available_bytes(cpu)
+    assert 0 < whole < float("inf")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("600000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
+    assert memory.available_bytes(cpu) == 500000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_bytes(cpu) > 500000

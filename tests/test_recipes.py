@@ -1,0 +1,183 @@
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg
+
+from convert.errors import UserError
+from convert.files import ROOT
+from convert.pixels import IMAGENET_PIXELS
+from transfer import recipes
+from transfer.recipes import add_config, fit_to_machine, flatten, load_recipe, protocol
+
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+PARTS = sorted((CONFIGS / "parts").glob("*.yaml"))
+VOC = CONFIGS / "voc_R50_C4_24k_moco.yaml"
+COCO = CONFIGS / "coco_R50_C4_1x_moco.yaml"
+
+# The reference's settings, and the papers'.
+PUBLISHED = {
+    "INPUT.FORMAT": "RGB",
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "SyncBN",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+    "MODEL.ROI_HEADS.NAME": "Res5ROIHeadsExtraNorm",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 512,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 6000,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 1000,
+    "TEST.PRECISE_BN.ENABLED": True,
+    "TEST.PRECISE_BN.NUM_ITER": 200,
+    "SOLVER.IMS_PER_BATCH": 16,
+    "SOLVER.BASE_LR": 0.02,
+    "SOLVER.WEIGHT_DECAY": 0.0001,
+    "SOLVER.WEIGHT_DECAY_NORM": 0.0,
+    "INPUT.MIN_SIZE_TEST": 800,
+    "INPUT.MAX_SIZE_TRAIN": 1333,
+    "MOCO.PRECISION": "fp32",
+    "VERSION": 2,
+}
+PUBLISHED_VOC = PUBLISHED | {
+    "MODEL.MASK_ON": False,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 20,
+    "INPUT.MIN_SIZE_TRAIN": list(range(480, 801, 32)),
+    "DATASETS.TRAIN": ["voc_2007_trainval", "voc_2012_trainval"],
+    "DATASETS.TEST": ["voc_2007_test"],
+    "SOLVER.STEPS": [18000, 22000],
+    "SOLVER.MAX_ITER": 24000,
+    "SOLVER.WARMUP_ITERS": 100,
+}
+PUBLISHED_COCO = PUBLISHED | {
+    "MODEL.MASK_ON": True,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 80,
+    "INPUT.MIN_SIZE_TRAIN": list(range(640, 801, 32)),
+    "DATASETS.TRAIN": ["coco_2017_train"],
+    "DATASETS.TEST": ["coco_2017_val"],
+    "SOLVER.STEPS": [60000, 80000],
+    "SOLVER.MAX_ITER": 90000,
+    "SOLVER.WARMUP_ITERS": 1000,
+}
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_shipped_recipe_means_to_us_what_it_means_to_detectron2(file: Path) -> None:
+    theirs = get_cfg()
+    add_config(theirs)
+    theirs.merge_from_file(str(file), allow_unsafe=False)
+    ours = flatten(load_recipe(file))
+    assert ours | {"OUTPUT_DIR": "./output"} == flatten(theirs)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_moco_recipe_starts_from_the_last_conversion(file: Path) -> None:
+    assert file.stem.endswith("_moco")
+    assert load_recipe(file).MODEL.WEIGHTS == "output/weights.pkl"
+
+
+@pytest.mark.parametrize("file", PARTS, ids=lambda file: file.stem)
+def test_a_part_has_no_base_that_would_undo_the_part_before_it(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith("_BASE_")]
+
+
+@pytest.mark.parametrize(("file", "wanted"), [(VOC, PUBLISHED_VOC), (COCO, PUBLISHED_COCO)])
+def test_the_published_settings_are_these(file: Path, wanted: dict[str, object]) -> None:
+    found = flatten(load_recipe(file))
+    assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_pixels_are_those_of_the_converter_in_every_recipe(file: Path) -> None:
+    found = flatten(load_recipe(file))
+    wanted = IMAGENET_PIXELS.detectron2()
+    assert {key: found[key] for key in wanted} == wanted
+
+
+def test_an_unknown_key_is_blamed_on_its_file_with_the_nearest_ones(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("SOLVER: {BASE_RL: 0.1}\n", encoding="utf-8")
+    file = written(tmp_path, '_BASE_: "base.yaml"\nSOLVER: {BASE_LR: 0.1}\n')
+    with pytest.raises(
+        UserError, match=r"base\.yaml: unknown key 'SOLVER.BASE_RL'.*SOLVER.BASE_LR"
+    ):
+        load_recipe(file)
+
+
+def test_an_unknown_key_on_the_command_line_names_the_nearest_ones() -> None:
+    with pytest.raises(UserError, match=r"command line: unknown key 'SOLVER.MAXITER'.*MAX_ITER"):
+        load_recipe(VOC, ["SOLVER.MAXITER", "3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("MODEL: !!python/object/apply:os.getcwd []\n", "is not plain YAML"),
+        ("SOLVER: [1, 2]\n", "unknown key 'SOLVER'"),
+        ("- 1\n", "found a list"),
+        ("SOLVER: {MAX_ITER: many}\n", "MAX_ITER"),
+        ("VERSION: 1\n", "VERSION is 1, want 2"),
+        ("_BASE_: gone.yaml\n", r"gone\.yaml: cannot be read"),
+        ("SOLVER: {AMP: {ENABLED: True}}\n", "MOCO.PRECISION bf16"),
+        ("MOCO: {PRECISION: fp16}\n", "want fp32 or bf16"),
+        ("DATASETS: {TEST: [a, b]}\n", "found 2 sets"),
+    ],
+)
+def test_a_bad_recipe_is_refused_in_one_line(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        load_recipe(written(tmp_path, text))
+
+
+def test_bad_pairs_are_refused() -> None:
+    with pytest.raises(UserError, match="'SEED' has no value"):
+        load_recipe(VOC, ["SEED"])
+    with pytest.raises(UserError, match=r"command line: .*SEED"):
+        load_recipe(VOC, ["SEED", "x"])
+
+
+def test_the_default_output_is_named_after_recipe_and_weights() -> None:
+    def output(weights: str) -> str:
+        return str(load_recipe(VOC, ["MODEL.WEIGHTS", weights]).OUTPUT_DIR)
+
+    assert output("") == "output/detection/voc_R50_C4_24k_moco/random"
+    assert output("a/ckpt_0199.pth.tar") == "output/detection/voc_R50_C4_24k_moco/ckpt_0199"
+    assert load_recipe(VOC, ["OUTPUT_DIR", "x"]).OUTPUT_DIR == "x"
+
+
+def test_a_cpu_takes_the_place_of_a_missing_gpu_and_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(recipes.torch.cuda, "is_available", lambda: False)
+    cfg = load_recipe(VOC)
+    assert fit_to_machine(cfg, 2) == [
+        "device: cpu (no CUDA device was found)",
+        "norm: naiveSyncBN (SyncBN refuses tensors on a CPU)",
+    ]
+    assert (cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM) == ("cpu", "naiveSyncBN")
+
+
+def test_a_negative_seed_is_drawn_and_recorded() -> None:
+    cfg = load_recipe(VOC, ["SEED", "-1", "MODEL.DEVICE", "cpu"])
+    assert fit_to_machine(cfg, 1) == [f"seed: {cfg.SEED} (drawn, as SEED was negative)"]
+    assert cfg.SEED >= 0
+
+
+def test_a_protocol_is_what_changes_the_number_and_nothing_else() -> None:
+    def of(*pairs: str, processes: int = 1) -> dict[str, object]:
+        return protocol(load_recipe(VOC, pairs), processes)
+
+    same = ["OUTPUT_DIR", "x", "MODEL.WEIGHTS", "", "SEED", "3", "MODEL.DEVICE", "cpu"]
+    assert of(*same, "DATALOADER.NUM_WORKERS", "1") == of()
+    assert of("MOCO.PRECISION", "bf16") != of()
+    assert of("INPUT.FORMAT", "BGR") != of()
+    assert of(processes=2) == of()  # synchronised over all processes
+    assert of("MODEL.RESNETS.NORM", "BN", processes=2) != of("MODEL.RESNETS.NORM", "BN")

@@ -1,0 +1,215 @@
+"""The script as a user types it, in processes of its own."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from convert.errors import UserError
+from convert.files import ROOT
+from transfer import train_net
+
+SCRIPT = ROOT / "transfer" / "train_net.py"
+VOC = ROOT / "configs" / "embedded_voc_R50_C4_moco.yaml"
+COCO = ROOT / "configs" / "embedded_coco_R50_C4_moco.yaml"
+# The embedded recipe at a size that shows the road and finds nothing.
+TINY = [
+    *("MODEL.WEIGHTS", ""),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4", "MODEL.RPN.POST_NMS_TOPK_TEST", "2"),
+    *("SOLVER.WARMUP_ITERS", "1", "SOLVER.CHECKPOINT_PERIOD", "2"),
+    *("TEST.PRECISE_BN.NUM_ITER", "1", "SOLVER.MAX_ITER"),
+]
+
+needs_detectron2 = pytest.mark.skipif(
+    importlib.util.find_spec("detectron2") is None, reason="needs Detectron2"
+)
+
+
+def start(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*words: object, cwd: Path, status: int = 0, **environment: str) -> tuple[str, str]:
+    process = start(*words, cwd=cwd, **environment)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in err
+    return out, err
+
+
+def refusal(*words: object, cwd: Path, **environment: str) -> str:
+    """Run something that a user must mend, and return the one line that says so."""
+    _, err = run(*words, cwd=cwd, status=2, **environment)
+    (line,) = [line for line in err.splitlines() if line.startswith("train_net.py: ")]
+    assert err.splitlines()[-1] == line
+    return line
+
+
+def test_help_shows_an_example_without_waiting_for_heavy_imports() -> None:
+    code = (
+        "import sys; sys.argv = ['train_net.py', '--help']\n"
+        "from transfer import train_net\n"
+        "try: train_net.main()\n"
+        "except SystemExit: print(sorted({'torch', 'detectron2', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "--config configs/coco_R50_C4_1x_moco.yaml" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_detectron2s_own_flags_are_understood_in_any_order() -> None:
+    words = (
+        "SEED 3 --config-file c.yaml --num-gpus 2 SOLVER.MAX_ITER 9 --eval-only --num-machines 2"
+    )
+    more = "--machine-rank 1 --dist-url tcp://a:1"
+    args = train_net.parser().parse_intermixed_args(f"{words} {more}".split())
+    assert args.config == Path("c.yaml")
+    assert (args.num_gpus, args.num_machines, args.machine_rank) == (2, 2, 1)
+    assert (args.dist_url, args.eval_only) == ("tcp://a:1", True)
+    assert args.opts == ["SEED", "3", "SOLVER.MAX_ITER", "9"]
+
+
+def test_without_detectron2_one_line_says_how_to_get_it(monkeypatch) -> None:
+    monkeypatch.setattr(train_net.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"make install.*pip install"):
+        train_net.main(["--config", str(VOC)])
+
+
+def test_a_missing_recipe_flag_is_one_line(tmp_path) -> None:
+    assert "--config" in refusal("SEED", 3, cwd=tmp_path)
+
+
+@needs_detectron2
+def test_the_command_of_the_readme_says_what_is_missing_and_leaves_nothing(tmp_path) -> None:
+    line = refusal("--config", ROOT / "configs" / "coco_R50_C4_1x_moco.yaml", cwd=tmp_path)
+    assert "output/weights.pkl: no such file" in line
+    assert "python convert/to_detectron2.py ckpt.pth" in line
+    assert "coco/annotations/instances_train2017.json is missing" in line
+    assert "DETECTRON2_DATASETS" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_detectron2
+def test_a_mistake_ends_the_script_in_one_line(tmp_path) -> None:
+    words = ["--config", VOC, "MODEL.WEIGHTS", "", "SOLVER.MAX_ITTER", 3]
+    line = refusal(*words, cwd=tmp_path)
+    assert line.startswith(
+        "train_net.py: command line: unknown key 'SOLVER.MAX_ITTER'; known keys near it: SOLVER.MAX"
+    )
+
+
+@needs_detectron2
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("MODEL.WEIGHTS detectron2://x/R-50.pkl", "names are not fetched here"),
+        ("MODEL.WEIGHTS gone.pth", "MODEL.WEIGHTS gone.pth: no such file"),
+        ("MODEL.WEIGHTS garbage.pth", "garbage.pth: cannot be read"),
+        ("MODEL.WEIGHTS garbage.pkl", "garbage.pkl: is not a file of this project's converter"),
+        ("RANDOM --num-gpus 3", "found 2 for 3 processes"),
+        ("RANDOM OUTPUT_DIR /proc/x", "output folder /proc: cannot be written"),
+        ("RANDOM --resume=gone.pth", "--resume gone.pth: no such checkpoint"),
+        ("RANDOM MODEL.ROI_HEADS.NUM_CLASSES 20", "NUM_CLASSES: found 20, embedded_voc"),
+        ("--eval-only MODEL.WEIGHTS gone.pth", "detector gone.pth: no such file"),
+        ("--eval-only MODEL.WEIGHTS garbage.pth", "garbage.pth: is damaged or no checkpoint"),
+        ("RANDOM SEED", "'SEED' has no value"),
+    ],
+)
+def test_what_a_user_can_mend_is_said(tmp_path, monkeypatch, words: str, complaint: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("garbage.pth").write_bytes(b"not a checkpoint")
+    Path("garbage.pkl").write_bytes(b"not a pickle")
+    pairs = words.replace("RANDOM", "MODEL.WEIGHTS EMPTY").split()
+    with pytest.raises(UserError) as refused:
+        train_net.main(["--config", str(VOC), *("" if w == "EMPTY" else w for w in pairs)])
+    assert complaint in str(refused.value)
+
+
+@needs_detectron2
+def test_a_batch_that_cannot_fit_is_refused_before_the_first_iteration(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "4000", "OUTPUT_DIR", "out"]
+    big = ["INPUT.MIN_SIZE_TRAIN", "(800,)", "INPUT.MAX_SIZE_TRAIN", "1333"]
+    with pytest.raises(UserError, match=r"memory: an iteration needs about \d+.*\(now 4000;"):
+        train_net.main(["--config", str(VOC), *words, *big])
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_detectron2
+@pytest.mark.slow
+def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
+    out, _ = run("--config", COCO, *TINY, 2, "--output-dir", "out", cwd=tmp_path)
+    assert "weights: random init, seed 0" in out
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(record["metrics"]) == [
+        f"coco/{kind}_AP{at}" for kind in ("box", "mask") for at in ("", "50", "75")
+    ]
+    assert record["task"] == "coco"
+    assert record["checkpoint"]["method"] == "random init"
+    assert record["data"]["train"]["images"] == 240
+    assert record["protocol"]["MOCO.PRECISION"] == "bf16"
+    assert record["protocol"]["norm"] == "SyncBN"
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    kept = {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "detections.png"}
+    assert names == kept | {"results.json"}
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    ]
+    assert {"iteration", "total_loss", "loss_mask", "lr"} <= lines[-1].keys()
+
+    words = [*TINY[2:], 2, "--eval-only", "MODEL.WEIGHTS", "out/model_final.pth"]
+    run("--config", COCO, *words, "--output-dir", "again", cwd=tmp_path)
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["metrics"] == record["metrics"]
+    assert again["fingerprint"] == record["fingerprint"]
+    line = refusal("--config", COCO, *words, "INPUT.FORMAT", "BGR", cwd=tmp_path)
+    assert "INPUT.FORMAT BGR; set INPUT.FORMAT" in line
+
+
+@needs_detectron2
+@pytest.mark.slow
+def test_ctrl_c_saves_and_resume_ends_what_was_begun(tmp_path) -> None:
+    words = ["--config", VOC, *TINY, 12, "OUTPUT_DIR", "out"]
+    process = start(*words, cwd=tmp_path)
+    checkpoint = tmp_path / "out" / "checkpoint.pth"
+    until = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, out + err
+    assert err.splitlines()[-1] == "train_net.py: stopped by SIGINT"
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+    assert "holds another run" in refusal(*words, cwd=tmp_path)
+    other = refusal(*words, "--resume", "SOLVER.BASE_LR", 0.1, cwd=tmp_path)
+    assert "other settings (1; first SOLVER.BASE_LR" in other
+    out, _ = run(*words, "--resume", cwd=tmp_path)
+    assert "iterations of 2 images from" in out
+    steps = [
+        json.loads(x)["iteration"]
+        for x in (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    ]
+    assert steps == list(range(12))
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(record["metrics"]) == ["voc07/AP", "voc07/AP50", "voc07/AP75"]
+    again, _ = run(*words, "--resume", cwd=tmp_path)
+    assert "finished before" in again
+    assert again.splitlines()[-1] == out.splitlines()[-1]

@@ -1,0 +1,340 @@
+"""One call of train_net: checked, trained, measured, recorded.
+
+What can be refused is refused in this order: recipe, folder, weights, data, memory; nothing is
+written before the last of these.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import launch as launch_processes
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from convert.backbone import EXTRA_KEY
+from convert.errors import UserError
+from convert.files import output_folder, write_text
+from transfer import datasets, memory, recipes
+from transfer.detection import (
+    CHECKPOINT_FILE,
+    FINAL_FILE,
+    Trainer,
+    build_detector,
+    evaluate,
+    fill_backbone,
+    find_task,
+    load_detector,
+    read_torch,
+    start_facts,
+)
+from transfer.pictures import draw_detections
+from transfer.results import FILE_NAME, format_metrics, write_results
+
+CONFIG_FILE = "config.yaml"
+PICTURE_FILE = "detections.png"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of train_net.
+
+    Attributes:
+        cfg: the recipe, fitted to the machine.
+        resume: go on from this checkpoint if it exists; None: a new run.
+        eval_only: measure a trained detector, train nothing.
+        quiet: print results and errors only.
+        processes: how many train together, over all machines.
+        local_processes: how many of them on this machine.
+    """
+
+    cfg: CfgNode
+    resume: Path | None = None
+    eval_only: bool = False
+    quiet: bool = False
+    processes: int = 1
+    local_processes: int = 1
+
+    @property
+    def output(self) -> Path:
+        """The folder of everything that this job writes."""
+        return Path(self.cfg.OUTPUT_DIR)
+
+    def say(self, text: str) -> None:
+        """Print a line, from the main process and unless asked to be quiet."""
+        if comm.is_main_process() and not self.quiet:
+            print(text, flush=True)
+
+
+def prepare(
+    cfg: CfgNode,
+    *,
+    resume: str | None,
+    eval_only: bool,
+    quiet: bool,
+    num_gpus: int,
+    num_machines: int,
+) -> Job:
+    """Check everything that can be checked in a second, and say what will be done.
+
+    Raises:
+        UserError: weights or data are missing, the output folder holds another run, the batch does
+            not divide over the processes.
+    """
+    processes = num_gpus * num_machines
+    if processes < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH: found {cfg.SOLVER.IMS_PER_BATCH} for {processes} processes, "
+            "want a multiple of them"
+        )
+    said = recipes.fit_to_machine(cfg, processes)
+    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus: found {torch.cuda.device_count()} devices, want {num_gpus}")
+    folder = Path(cfg.OUTPUT_DIR)
+    wanted = None
+    if resume is not None:
+        wanted = folder / CHECKPOINT_FILE if resume == "auto" else Path(resume)
+        if resume != "auto" and not wanted.is_file():
+            raise UserError(f"--resume {wanted}: no such checkpoint; without it the last is taken")
+    job = Job(cfg, wanted, eval_only, quiet, processes, num_gpus)
+    for line in said:
+        job.say(line)
+    names = cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    missing = [*_missing_weights(job), *datasets.missing_files(names)]
+    if missing:
+        raise UserError("; ".join(missing))
+    _check_folder(job)
+    return job
+
+
+def launch(job: Job, *, num_machines: int, machine_rank: int, dist_url: str) -> int:
+    """Run a job in as many processes as it asks for and return the exit status."""
+    # Says which process it ends when another has failed: the line of the failure is enough.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    try:
+        launch_processes(
+            _work_or_say,
+            job.local_processes,
+            num_machines=num_machines,
+            machine_rank=machine_rank,
+            dist_url=dist_url,
+            args=(job,),
+        )
+    except ProcessExitedException as error:
+        return int(error.exit_code)
+    return 0
+
+
+def _work_or_say(job: Job) -> None:
+    """Do the work; in a process of its own, say a user's error as the script would."""
+    if job.processes == 1:
+        work(job)
+        return
+    try:
+        work(job)
+    except UserError as error:
+        if not comm.is_main_process():
+            time.sleep(5)  # the main process says it, if it has failed too, and ends this one
+        print(f"train_net.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def work(job: Job) -> None:
+    """Train and evaluate, or only evaluate, in this process."""
+    started = time.time()
+    finished = _finished_record(job)
+    if finished is not None:
+        job.say(f"output: {job.output} (finished before)")
+        _say_results(job, finished)
+        return
+    cfg = job.cfg
+    seed_all_rng(cfg.SEED + comm.get_rank())
+    test = datasets.load(cfg.DATASETS.TEST, training=False)
+    _check_classes(cfg, test)
+    if job.eval_only:
+        model = build_detector(cfg)
+        facts = load_detector(model, _detector_file(job), cfg)
+        job.say(f"detector: {_describe(facts)}")
+        job.say(f"output: {job.output}")
+        _begin_logs(job)
+        data = {"test": test.record()}
+    else:
+        train = datasets.load(
+            cfg.DATASETS.TRAIN,
+            training=True,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        )
+        _check_classes(cfg, train)
+        model, facts = _train(job, train)
+        data = {"train": train.record(), "test": test.record()}
+    metrics, shown = evaluate(cfg, model, test, job.quiet)
+    if comm.is_main_process():
+        draw_detections(job.output / PICTURE_FILE, shown)
+        record = write_results(
+            job.output,
+            task=find_task(cfg)[0],
+            per_seed=[metrics],
+            protocol=recipes.protocol(cfg, job.processes),
+            config=recipes.as_dict(cfg),
+            checkpoint=facts,
+            data=data,
+            started=started,
+        )
+        (job.output / CHECKPOINT_FILE).unlink(missing_ok=True)
+        _say_results(job, record)
+
+
+def _train(job: Job, train: datasets.Loaded) -> tuple[nn.Module, dict[str, Any]]:
+    """Bring a detector from its start, or from where it stopped, to its end."""
+    cfg = job.cfg
+    model = build_detector(cfg)
+    facts = fill_backbone(model, cfg)
+    state = _resume_state(job, facts)
+    memory.check(cfg, train.dicts, model, job.processes, job.local_processes)
+    job.say(f"weights: {_describe(facts)}")
+    job.say(_plan(cfg, train, job, state))
+    job.say(f"output: {job.output}")
+    _begin_logs(job)
+    if comm.is_main_process():
+        write_text(job.output / CONFIG_FILE, cfg.dump())
+    trainer = Trainer(cfg, model, train, facts, job.quiet)
+    trainer.train_from(state)
+    trainer.recompute_statistics()
+    if comm.is_main_process():
+        trainer.save(job.output / FINAL_FILE, whole=False)
+    return model, facts
+
+
+def _say_results(job: Job, record: Mapping[str, Any]) -> None:
+    if comm.is_main_process():
+        print(f"results: {job.output / FILE_NAME}: {format_metrics(record)}", flush=True)
+
+
+def _missing_weights(job: Job) -> list[str]:
+    weights = job.cfg.MODEL.WEIGHTS
+    if job.eval_only:
+        file = _detector_file(job)
+        lost = f"detector {file}: no such file; name one as MODEL.WEIGHTS"
+        return [] if file.is_file() else [lost]
+    if not weights or Path(weights).is_file():
+        return []
+    if "://" in weights:
+        raise UserError(
+            f"MODEL.WEIGHTS {weights}: names are not fetched here; download the file, convert it "
+            "with python convert/to_detectron2.py ckpt.pth, and name the file"
+        )
+    return [
+        f"MODEL.WEIGHTS {weights}: no such file; make it with python convert/to_detectron2.py "
+        "ckpt.pth, or ask for random init with MODEL.WEIGHTS ''"
+    ]
+
+
+def _detector_file(job: Job) -> Path:
+    """Return what --eval-only measures: the run's own detector with --resume, else the named."""
+    return job.output / FINAL_FILE if job.resume is not None else Path(job.cfg.MODEL.WEIGHTS)
+
+
+def _check_folder(job: Job) -> None:
+    """Refuse a folder that another run has written to."""
+    files = (CONFIG_FILE, CHECKPOINT_FILE, FINAL_FILE, FILE_NAME)
+    kept = [file for file in files if (job.output / file).exists()]
+    if kept and job.resume is None:
+        raise UserError(
+            f"output folder {job.output}: holds another run ({kept[0]}); go on with it by --resume,"
+            " or name another folder: OUTPUT_DIR x"
+        )
+    if CONFIG_FILE in kept:
+        before, now = recipes.read_saved(job.output / CONFIG_FILE), recipes.flatten(job.cfg)
+        changed = [k for k in (*recipes.number_keys(now), "SEED") if before.get(k) != now[k]]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"output folder {job.output}: its run has other settings ({len(changed)}; first "
+                f"{key}: {before.get(key)}, now {now[key]}); name another folder: OUTPUT_DIR x"
+            )
+    # Proved on what exists, so that a later refusal leaves no empty folder behind.
+    output_folder(next(f for f in (job.output, *job.output.absolute().parents) if f.exists()))
+
+
+def _finished_record(job: Job) -> dict[str, Any] | None:
+    file = job.output / FILE_NAME
+    if job.resume is None or job.eval_only or not file.exists():
+        return None
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    _check_same_start(record["checkpoint"], start_facts(job.cfg), file)
+    return record
+
+
+def _check_classes(cfg: CfgNode, data: datasets.Loaded) -> None:
+    if len(data.classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise UserError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES: found {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, "
+            f"{', '.join(data.names)} has {len(data.classes)}; set it to that"
+        )
+
+
+def _describe(facts: Mapping[str, Any]) -> str:
+    """Say in a line what a detector starts from."""
+    if facts["name"] == "random":
+        return f"random init, seed {facts['seed']} (MODEL.WEIGHTS is '')"
+    epoch = "" if facts.get("epoch") is None else f", epoch {facts['epoch']}"
+    hashed = facts.get("sha256") or facts.get("detector_sha256", "")
+    landed = facts.get("tensors_landed")
+    count = "" if landed is None else f", {landed} of {landed} backbone tensors landed"
+    place = facts.get("detector") or facts.get("file")
+    file = f"{place}: " if place else ""
+    return f"{file}{facts['method']}{epoch}, {facts['name']} (sha256 {hashed[:12]}){count}"
+
+
+def _resume_state(job: Job, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the checkpoint to go on from, if there is one and it is of this very run."""
+    if job.resume is None or not job.resume.exists():
+        return None
+    state = read_torch(job.resume)
+    if not {"model", "trainer", "next_iteration", EXTRA_KEY} <= state.keys():
+        raise UserError(f"{job.resume}: is not a run's {CHECKPOINT_FILE}; --resume wants one")
+    _check_same_start(state[EXTRA_KEY]["facts"], facts, job.resume)
+    return state
+
+
+def _check_same_start(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    if before["sha256"] != now["sha256"]:
+        raise UserError(
+            f"{where}: began from {_describe(before)}; MODEL.WEIGHTS is now {_describe(now)}; "
+            "name another folder: OUTPUT_DIR x"
+        )
+
+
+def _plan(cfg: CfgNode, data: datasets.Loaded, job: Job, state: Mapping[str, Any] | None) -> str:
+    """Say in a line what will be trained."""
+    start = "" if state is None else f" from {state['next_iteration']} on"
+    norm = recipes.protocol(cfg, job.processes)
+    parts = (
+        f"training: {', '.join(data.names)} ({len(data.dicts)} images)",
+        f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images{start}",
+        f"LR {cfg.SOLVER.BASE_LR}",
+        f"{job.processes} x {cfg.MODEL.DEVICE} {cfg.MOCO.PRECISION}",
+        f"{norm['norm']} over {norm['norm_group_images']} images",
+        str(norm["detectron2"]),
+    )
+    return ", ".join(parts)
+
+
+def _begin_logs(job: Job) -> None:
+    """Send what Detectron2 says, and every warning, to log.txt and not to the terminal."""
+    rank = comm.get_rank()
+    for name in ("detectron2", "fvcore", "py.warnings"):
+        setup_logger(str(job.output), rank, name=name, configure_stdout=False)
+    logging.captureWarnings(True)
+    # Warns, whatever Python's filters say, about a function that Detectron2 imports from torch.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

@@ -1,0 +1,205 @@
+"""Detectron2 recipes: read strictly, fitted to the machine, and what of them makes a number.
+
+Defaults < `_BASE_` < file < KEY VALUE pairs, as everywhere; the files are Detectron2's own YAML and
+load in Detectron2 too. Detectron2's own loader runs code that a YAML file names and reports an
+unknown key without its file; this one does neither.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from convert.errors import UserError, nearest
+from convert.files import detectron2_version
+from pretrain.config import BASE_KEY
+
+DETECTRON2_OUTPUT = "./output"  # Detectron2's default, where our link to the weights lives
+PRECISIONS = ("fp32", "bf16")
+SUFFIXES = (".tar", ".pth", ".pt", ".pkl")
+
+# Keys that change where or how fast, not what: they stay out of a protocol. Seed and weights have
+# their own places in a result.
+_NO_PROTOCOL = (
+    "CUDNN_BENCHMARK",
+    "DATALOADER.NUM_WORKERS",
+    "GLOBAL",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "OUTPUT_DIR",
+    "SEED",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    "TEST.EXPECTED_RESULTS",
+    "VERSION",
+    "VIS_PERIOD",
+)
+
+
+def add_config(cfg: CfgNode) -> None:
+    """Add this project's own keys, with their defaults, to a Detectron2 config."""
+    cfg.MOCO = CfgNode()
+    cfg.MOCO.PRECISION = "fp32"  # or bf16: autocast in training and evaluation
+
+
+def load_recipe(file: Path, pairs: Sequence[str] = ()) -> CfgNode:
+    """Build a Detectron2 config from a recipe and the command line.
+
+    Args:
+        file: a Detectron2 YAML file; its `_BASE_` (a path or a list of them) comes before it.
+        pairs: trailing words, `KEY VALUE KEY VALUE ...`.
+
+    Raises:
+        UserError: a file is missing or not a mapping, a key is unknown, a value has another type.
+    """
+    cfg = get_cfg()
+    add_config(cfg)
+    _merge_file(cfg, file)
+    _merge_pairs(cfg, pairs)
+    if cfg.OUTPUT_DIR == DETECTRON2_OUTPUT:
+        cfg.OUTPUT_DIR = str(_default_output(file, cfg.MODEL.WEIGHTS))
+    _check_values(cfg)
+    return cfg
+
+
+def fit_to_machine(cfg: CfgNode, processes: int) -> list[str]:
+    """Replace what this machine cannot do, in place.
+
+    Args:
+        cfg: a loaded recipe.
+        processes: how many will train together.
+
+    Returns:
+        A line for each replacement.
+    """
+    said = []
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        said.append("device: cpu (no CUDA device was found)")
+    if cfg.MODEL.DEVICE == "cpu" and processes > 1 and cfg.MODEL.RESNETS.NORM == "SyncBN":
+        cfg.MODEL.RESNETS.NORM = "naiveSyncBN"
+        said.append("norm: naiveSyncBN (SyncBN refuses tensors on a CPU)")
+    if cfg.SEED < 0:
+        cfg.SEED = int.from_bytes(os.urandom(3), "big")
+        said.append(f"seed: {cfg.SEED} (drawn, as SEED was negative)")
+    return said
+
+
+def protocol(cfg: CfgNode, processes: int) -> dict[str, Any]:
+    """Return everything of a config that changes its number, flat, for the fingerprint."""
+    norm = cfg.MODEL.RESNETS.NORM
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    synchronised = "SyncBN" in norm
+    return number_keys(flatten(cfg)) | {
+        "detectron2": detectron2_version(),
+        "norm": norm,
+        "norm_group_images": batch if synchronised else batch // processes,
+    }
+
+
+def number_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the keys that change a number."""
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in _NO_PROTOCOL)
+    }
+
+
+def flatten(cfg: CfgNode) -> dict[str, Any]:
+    """Return a config as dotted keys and plain values."""
+    return dict(_walk(as_dict(cfg)))
+
+
+def read_saved(file: Path) -> dict[str, Any]:
+    """Read the config that a run has saved, flat.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return dict(_walk(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    except (AttributeError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); remove this run's folder") from error
+
+
+def as_dict(cfg: CfgNode) -> dict[str, Any]:
+    """Return a config as nested dictionaries of plain values, as its YAML says them."""
+    return dict(yaml.safe_load(cfg.dump()))
+
+
+def _walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _merge_file(cfg: CfgNode, file: Path) -> None:
+    """Merge a recipe's bases, then itself; whatever is wrong is blamed on the right file."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"recipe {file}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {file}: is not plain YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {file}: found a {type(content).__name__}, want KEY: VALUE lines")
+    bases = content.pop(BASE_KEY, [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        _merge_file(cfg, file.parent / Path(base).expanduser())
+    _check_keys(cfg, dict(_walk(content)), f"recipe {file}")
+    if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
+        raise UserError(f"recipe {file}: VERSION is {content['VERSION']}, want {cfg.VERSION}")
+    _merge(cfg, content, f"recipe {file}")
+
+
+def _merge(cfg: CfgNode, content: dict[str, Any], where: str) -> None:
+    try:
+        cfg.merge_from_other_cfg(CfgNode(content))
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _merge_pairs(cfg: CfgNode, pairs: Sequence[str]) -> None:
+    if len(pairs) % 2:
+        raise UserError(f"command line: '{pairs[-1]}' has no value; overrides are KEY VALUE pairs")
+    _check_keys(cfg, pairs[::2], "command line")
+    try:
+        cfg.merge_from_list(list(pairs))
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"command line: {error}") from error
+
+
+def _check_keys(cfg: CfgNode, keys: Sequence[str] | Mapping[str, Any], where: str) -> None:
+    known = flatten(cfg)
+    for key in keys:
+        if key not in known:
+            near = nearest(key, known)
+            raise UserError(f"{where}: unknown key '{key}'; known keys near it: {near}")
+
+
+def _check_values(cfg: CfgNode) -> None:
+    if cfg.MOCO.PRECISION not in PRECISIONS:
+        wanted = " or ".join(PRECISIONS)
+        raise UserError(f"MOCO.PRECISION: found '{cfg.MOCO.PRECISION}', want {wanted}")
+    if cfg.SOLVER.AMP.ENABLED:  # float16, in training only: another number under the same name
+        raise UserError("SOLVER.AMP.ENABLED: is not used here; take MOCO.PRECISION bf16")
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        raise UserError("SOLVER.REFERENCE_WORLD_SIZE: is not used here; set the schedule itself")
+    if len(cfg.DATASETS.TEST) != 1:
+        raise UserError(
+            f"DATASETS.TEST: found {len(cfg.DATASETS.TEST)} sets; a result has one: name it alone"
+        )
+
+
+def _default_output(file: Path, weights: str) -> Path:
+    name = Path(weights).resolve().name if weights else "random"
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return Path("output/detection") / file.stem / name
