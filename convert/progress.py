@@ -46,6 +46,10 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
         self._bar.close()
 
     def add(self, count: int, note: str = "") -> None:

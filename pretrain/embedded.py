@@ -364,7 +364,8 @@ def draw_background(
     patch = _resize(patch, side, side)[..., rng.permutation(3)]
     kept = rng.uniform(*recipe.background_range)
     tint = (1 - kept) * rng.uniform(*recipe.tint_value) * draw_hues(rng, 1)[0]
-    return (patch * kept + tint).astype(np.float32)
+    background: Pixels = (patch * kept + tint).astype(np.float32)
+    return background
 
 
 def draw_hues(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
@@ -373,8 +374,7 @@ def draw_hues(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
     Instances are told apart by colour first, and it survives most augmentations.
     """
     hues = np.stack([np.ones(count), rng.uniform(0, 1, count), np.zeros(count)], axis=1)
-    colours: NDArray[np.float32] = rng.permuted(hues, axis=1).astype(np.float32)
-    return colours
+    return rng.permuted(hues, axis=1).astype(np.float32)
 
 
 def _crop(photo: Pixels, rng: np.random.Generator, recipe: Recipe) -> Pixels:

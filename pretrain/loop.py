@@ -19,7 +19,7 @@ from convert.progress import Progress
 from pretrain import checkpoint
 from pretrain.config import PretrainConfig, as_dict
 from pretrain.moco import MoCo, contrastive_loss
-from pretrain.monitor import KnnMonitor, Log, loss_of_last_tenth, read_log, verdict
+from pretrain.monitor import KnnMonitor, Log, mean_of_last_tenth, read_log, verdict
 from pretrain.norm import choose_groups
 from pretrain.sources import ImageList
 from pretrain.views import AUGMENTATIONS, TwoViews, epoch_order, generator
@@ -253,7 +253,8 @@ class _Run:
     def finish(self, last: Path) -> Path:
         """Write the run's record and say what came out."""
         config, lines = self.config, read_log(self.folder)
-        loss = loss_of_last_tenth(lines)
+        loss = mean_of_last_tenth(lines, "loss")
+        batch_top1 = mean_of_last_tenth(lines, "batch_top1")
         write_json(
             self.folder / RUN_NAME,
             {
@@ -267,13 +268,15 @@ class _Run:
                 "steps": self.step,
                 "chance_loss": math.log(config.K + 1),
                 "loss_last_tenth": loss,
+                "batch_top1_last_tenth": batch_top1,
+                "batch_size": config.batch_size,
                 "seconds": round(self.seconds, 1),
                 "environment": environment(),
                 "checkpoint": last.name,
                 "config": as_dict(config),
             },
         )
-        print(verdict(loss, config.K))
+        print(verdict(loss, config.K, batch_top1, config.batch_size))
         return last
 
     def _batches(self) -> Iterator[list[Tensor]]:

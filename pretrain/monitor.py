@@ -46,21 +46,32 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def loss_of_last_tenth(lines: list[dict[str, Any]]) -> float:
-    """Return the mean loss over the last tenth of the logged steps; NaN without any."""
-    losses = [line["loss"] for line in lines if "loss" in line]
-    last = losses[-max(1, len(losses) // 10) :]
+def mean_of_last_tenth(lines: list[dict[str, Any]], key: str) -> float:
+    """Return the mean of a logged value over the last tenth of its lines; NaN without any."""
+    values = [line[key] for line in lines if key in line]
+    last = values[-max(1, len(values) // 10) :]
     return sum(last) / len(last) if last else math.nan
 
 
-def verdict(loss: float, K: int) -> str:
-    """Say in words what a loss means beside chance, which is log(K + 1)."""
+def verdict(loss: float, K: int, batch_top1: float, batch_size: int) -> str:
+    """Say in words what a run's end means beside chance.
+
+    Args:
+        loss: mean of the last tenth; chance is log(K + 1).
+        K: keys in the queue.
+        batch_top1: share of queries nearest to their own key among the batch's, in percent. Unlike
+            the loss it cannot fall for keys that are merely older than the positive.
+        batch_size: images in a batch; chance is one of them.
+    """
     chance = math.log(K + 1)
     below = 100 * (1 - loss / chance)
     sign = (
         f"{abs(below):.0f}% {'under' if below >= 0 else 'over'} chance, log(K + 1) = {chance:.2f}"
     )
-    return f"mean loss of the last tenth {loss:.3f}: {sign}"
+    return (
+        f"mean loss of the last tenth {loss:.3f}: {sign}; {batch_top1:.1f}% of queries are nearest "
+        f"to their own key among the batch's {batch_size}, chance {100 / batch_size:.1f}%"
+    )
 
 
 def knn_top1(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pretrain.monitor import Log, knn_top1, loss_of_last_tenth, read_log, verdict
+from pretrain.monitor import Log, knn_top1, mean_of_last_tenth, read_log, verdict
 from tests import reference
 
 
@@ -49,7 +49,9 @@ def test_a_log_goes_on_after_the_step_that_was_saved(tmp_path):
 def test_the_verdict_holds_the_last_tenth_against_chance():
     lines = [{"step": i, "loss": 9.0} for i in range(18)] + [{"step": 18, "knn_top1": 3.0}]
     lines += [{"step": 19, "loss": 3.0}, {"step": 20, "loss": 4.0}]
-    assert loss_of_last_tenth(lines) == 3.5
-    assert "50% under chance, log(K + 1) = 6.93" in verdict(3.5, 1024)
-    assert "over chance" in verdict(8.0, 1024)
-    assert math.isnan(loss_of_last_tenth([]))
+    assert mean_of_last_tenth(lines, "loss") == 3.5
+    assert "50% under chance, log(K + 1) = 6.93" in verdict(3.5, 1024, 50.0, 32)
+    assert "over chance" in verdict(8.0, 1024, 50.0, 32)
+    assert "50.0% of queries" in verdict(3.5, 1024, 50.0, 32)
+    assert "chance 3.1%" in verdict(3.5, 1024, 50.0, 32)
+    assert math.isnan(mean_of_last_tenth([], "loss"))

@@ -10,10 +10,9 @@ Legend: R: regions of interest of all images; C = 2048, the channels of res5; 7 
 import io
 import logging
 import signal
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,12 +40,12 @@ from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWrite
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from convert.backbone import EXTRA_KEY, Facts, load_backbone, read_detectron2
 from convert.errors import Stopped, UserError
 from convert.files import atomic_write, sha256
 from convert.names import COUNTER, land, to_detectron2
+from convert.progress import Progress, progress
 from transfer import datasets, recipes
 from transfer.pictures import Shown
 
@@ -55,7 +54,6 @@ FINAL_FILE = "model_final.pth"  # the trained detector, without what only traini
 METRICS_FILE = "metrics.json"
 HEAD_NAME = "Res5ROIHeadsExtraNorm"
 PICTURES = 6
-LINE_EVERY_S = 20.0  # between plain progress lines
 # What must be the same in training the backbone and in training the detector.
 PIXEL_KEYS = (
     "INPUT.FORMAT",
@@ -329,10 +327,11 @@ class Trainer(SimpleTrainer):
         precise = self.cfg.TEST.PRECISE_BN
         if not precise.ENABLED or not get_bn_modules(self.model):
             return
-        batches = iter(self._loader(self.cfg.SEED, workers=0))
-        ticker = _Ticker("precise BN", precise.NUM_ITER, "batches", self._quiet)
+        count = precise.NUM_ITER
+        batches = islice(self._loader(self.cfg.SEED, workers=0), count)
+        shown = progress(batches, count, "precise BN", "step", quiet=_hidden(self._quiet))
         with EventStorage():  # a forward pass in training mode notes its metrics somewhere
-            update_bn_stats(self.model, ticker.count(batches), precise.NUM_ITER)
+            update_bn_stats(self.model, shown, count)
 
     def save(self, path: Path, *, whole: bool) -> None:
         """Write the detector; with all that a resume needs if `whole`."""
@@ -413,55 +412,19 @@ class _Progress(HookBase):
 
     def before_train(self) -> None:
         total, start = self.trainer.max_iter, self.trainer.start_iter
-        self._ticker = _Ticker("training", total, "it", self._quiet, start)
+        self._shown = Progress(total, "training", "iteration", start, quiet=_hidden(self._quiet))
 
     def after_step(self) -> None:
         loss = self.trainer.storage.histories().get("total_loss")
-        self._ticker.tick("" if loss is None else f"loss {loss.median(20):.3f}")
+        self._shown.add(1, "" if loss is None else f"loss {loss.median(20):.3f}")
 
     def after_train(self) -> None:
-        self._ticker.close()
+        self._shown.close()
 
 
-class _Ticker:
-    """A bar on a terminal, a plain line now and then elsewhere, nothing if quiet."""
-
-    def __init__(self, what: str, total: int, unit: str, quiet: bool, done: int = 0) -> None:
-        shown = comm.is_main_process() and not quiet
-        bar = shown and sys.stderr.isatty()
-        self._what, self._total, self._unit, self._start, self._done = what, total, unit, done, done
-        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if bar else None
-        self._lines = shown and not bar
-        self._began = self._said = time.monotonic()
-
-    def tick(self, text: str = "") -> None:
-        self._done += 1
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update()
-        now = time.monotonic()
-        if self._lines and (now - self._said > LINE_EVERY_S or self._done == self._total):
-            self._said = now
-            pace = (now - self._began) / (self._done - self._start)
-            left = f", {pace * (self._total - self._done):.0f} s left"
-            note = f", {text}" if text else ""
-            print(
-                f"{self._what}: {self._done}/{self._total} {self._unit}, "
-                f"{pace:.2f} s each{left if self._done < self._total else ''}{note}",
-                flush=True,
-            )
-
-    def count(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Pass items on, a tick each."""
-        for item in items:
-            yield item
-            self.tick()
-            if self._done == self._total:
-                self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _hidden(quiet: bool) -> bool:
+    """Progress is shown by one process, unless asked to be quiet."""
+    return quiet or not comm.is_main_process()
 
 
 def _parallel(model: nn.Module, cfg: CfgNode) -> nn.Module:
@@ -572,4 +535,5 @@ class _Counted:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        return _Ticker("evaluation", len(self), "images", self._quiet).count(self._loader)
+        hidden = _hidden(self._quiet)
+        return progress(self._loader, len(self), "evaluation", "image", quiet=hidden)
