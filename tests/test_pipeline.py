@@ -103,9 +103,11 @@ def test_every_measurement_has_its_record_and_its_baseline(walk):
 def test_the_page_shows_it_all_and_needs_nothing_else(walk):
     tmp, *_ = walk
     page = (tmp / "out/report.html").read_text(encoding="utf-8")
-    for task in ("coco", "voc", "linear", "knn"):
-        for value in json.loads((tmp / f"out/{task}/moco/results.json").read_text())["metrics"]:
-            assert value.split("/")[-1].split("_")[-1] in page
+    for key in ("coco/box_AP", "coco/mask_AP50", "voc07/AP50", "linear/top1", "knn20/top1"):
+        task = {"voc07": "voc", "knn20": "knn"}.get(key.split("/")[0], key.split("/")[0])
+        for init in ("moco", "random"):
+            record = json.loads((tmp / f"out/{task}/{init}/results.json").read_text())
+            assert f"{record['metrics'][key]:.1f}" in page, key
     assert "265 of 265" in page
     assert "not comparable" in page
     assert not re.search(r"(src|href)=\"https?://[^\"]+\.(js|css|png)", page)
