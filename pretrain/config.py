@@ -36,7 +36,7 @@ class PretrainConfig:
     m: float = 0.999  # momentum of the key encoder, Eq. (2)
     tau: float = 0.07  # temperature, Eq. (1); v2: 0.2
     mlp: bool = False  # v2: two-layer head
-    zero_init_residual: bool = False  # start every residual block as the identity
+    residual_gamma: float = 1.0  # weight of every block's residual branch at the start
     augmentation: str = "v1"  # v1 or v2
     crop_scale: tuple[float, ...] = (0.2, 1.0)  # share of the image's area that a view keeps
     image_size: int = 224  # side of a view, pixels

@@ -11,7 +11,7 @@ from pretrain.norm import SplitBatchNorm
 
 
 def build_encoder(
-    arch: str, dim: int, *, mlp: bool, bn_groups: int, zero_init_residual: bool = False
+    arch: str, dim: int, *, mlp: bool, bn_groups: int, residual_gamma: float = 1.0
 ) -> nn.Module:
     """Build f_q or f_k: (N, 3, H, W) images -> (N, dim) embeddings, not normalised.
 
@@ -20,7 +20,8 @@ def build_encoder(
         dim: C, length of an embedding.
         mlp: v2's head, two layers with a ReLU between (arXiv:2003.04297, Sec. 2), instead of one.
         bn_groups: groups of every batch norm.
-        zero_init_residual: start every block as the identity (arXiv:1706.02677, Sec. 5.1).
+        residual_gamma: what the last batch norm of every block starts to multiply by; 1 is
+            torchvision's, 0 starts every block as the identity (arXiv:1706.02677, Sec. 5.1).
 
     Raises:
         UserError: the name is not one of a ResNet.
@@ -29,9 +30,11 @@ def build_encoder(
         near = nearest(arch, ARCHS.values())
         raise UserError(f"arch '{arch}': is not a ResNet that is known here; near it: {near}")
     norm = partial(SplitBatchNorm, groups=bn_groups)
-    encoder: nn.Module = getattr(torchvision.models, arch)(
-        num_classes=dim, norm_layer=norm, zero_init_residual=zero_init_residual
-    )
+    encoder: nn.Module = getattr(torchvision.models, arch)(num_classes=dim, norm_layer=norm)
+    last_norm = "bn3" if "layer1.0.bn3.weight" in encoder.state_dict() else "bn2"
+    for name, parameter in encoder.named_parameters():
+        if name.startswith("layer") and name.endswith(f".{last_norm}.weight"):
+            nn.init.constant_(parameter, residual_gamma)
     if mlp:
         assert isinstance(encoder.fc, nn.Linear)
         width = encoder.fc.in_features

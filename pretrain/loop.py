@@ -88,6 +88,7 @@ def _check_ranges(config: PretrainConfig) -> None:
         "lr": config.lr >= 0,
         "print_freq": config.print_freq > 0,
         "max_steps": config.max_steps >= 0,
+        "residual_gamma": config.residual_gamma >= 0,
         "keep": config.keep >= 0,
         "crop_scale": len(config.crop_scale) == 2
         and 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1,
@@ -179,7 +180,7 @@ class _Run:
             tau=config.tau,
             mlp=config.mlp,
             bn_groups=config.bn_groups,
-            zero_init_residual=config.zero_init_residual,
+            residual_gamma=config.residual_gamma,
             generator=generator(config.seed, "queue"),
         )
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -30,7 +30,7 @@ class MoCo(nn.Module):
         tau: temperature.
         mlp: v2's head.
         bn_groups: groups of every batch norm, see `norm.py`.
-        zero_init_residual: start every residual block as the identity, see `encoders.py`.
+        residual_gamma: weight of every block's branch at the start, see `encoders.py`.
         generator: draws the queue's first, random keys; the encoders draw from torch's own state.
     """
 
@@ -47,7 +47,7 @@ class MoCo(nn.Module):
         tau: float,
         mlp: bool,
         bn_groups: int,
-        zero_init_residual: bool = False,
+        residual_gamma: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class MoCo(nn.Module):
                 dim,
                 mlp=mlp,
                 bn_groups=bn_groups,
-                zero_init_residual=zero_init_residual,
+                residual_gamma=residual_gamma,
             )
             for _ in range(2)
         )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pretrain.encoders import build_encoder
 from pretrain.moco import MoCo, contrastive_logits, contrastive_loss
 from tests.reference import info_nce
 
@@ -145,12 +146,12 @@ def test_own_keys_are_told_from_the_batchs_others():
     assert not other.any()
 
 
-def test_zero_init_residual_starts_every_block_as_the_identity():
-    gammas = [
-        value
-        for name, value in small(zero_init_residual=True).state_dict().items()
-        if name.endswith("bn2.weight")
-    ]
-    assert len(gammas) == 16
-    assert not torch.stack([gamma.sum() for gamma in gammas]).any()
-    assert small().encoder_q.layer1[0].bn2.weight.all()
+@pytest.mark.parametrize(("arch", "norm"), [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_residual_gamma_weighs_every_blocks_branch_and_nothing_else(arch, norm):
+    plain = build_encoder(arch, 16, mlp=True, bn_groups=1).state_dict()
+    scaled = build_encoder(arch, 16, mlp=True, bn_groups=1, residual_gamma=0.2).state_dict()
+    gammas = [n for n in scaled if n.startswith("layer") and n.endswith(f".{norm}.weight")]
+    assert len(gammas) == {"resnet18": 8, "resnet50": 16}[arch]
+    assert all((scaled[name] == 0.2).all() and (plain[name] == 1).all() for name in gammas)
+    norms = [n for n in scaled if "bn" in n and n.endswith("weight") and n not in gammas]
+    assert all((scaled[name] == 1).all() for name in norms)
