@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,7 @@ from convert.files import ROOT
 from pretrain.embedded import embedded_root
 from transfer import datasets
 
-SHARED = Path("/work/shared/data")
+SHARED = ROOT.parent / "shared" / "data"  # small photo sets beside the checkout; not ours to commit
 COCO_NAMES = ("coco_2017_train", "coco_2017_val")
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="needs the folder of small photo sets"
