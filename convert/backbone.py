@@ -5,13 +5,11 @@ import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from convert.errors import UserError
@@ -19,18 +17,11 @@ from convert.files import sha256
 from convert.layouts import Recognised, find_layout
 from convert.names import COUNTER, is_backbone_name, to_detectron2
 from convert.pixels import IMAGENET_PIXELS, Pixels
+from convert.resnets import build_network, expected_shapes, recognise_arch
 
 EXTRA_KEY = "moco_transfer"  # where our own files keep facts beside what other tools read
 RANDOM = "random"  # the word that asks for random initialisation by name
 
-# (block, blocks per stage) -> torchvision's name.
-ARCHS: dict[tuple[str, tuple[int, ...]], str] = {
-    ("basic", (2, 2, 2, 2)): "resnet18",
-    ("basic", (3, 4, 6, 3)): "resnet34",
-    ("bottleneck", (3, 4, 6, 3)): "resnet50",
-    ("bottleneck", (3, 4, 23, 3)): "resnet101",
-    ("bottleneck", (3, 8, 36, 3)): "resnet152",
-}
 # Torchvision's ResNets put a bottleneck's stride into its 3x3 convolution.
 STRIDE_IN_1X1 = False
 
@@ -103,7 +94,7 @@ def load_backbone(source: str | Path, seed: int = 0) -> Backbone:
     _check_file(path)
     if path.suffix == ".pkl" and not _is_torch_file(path):
         arrays, facts = read_detectron2(path)
-        names = {to_detectron2(name): name for name in _expected_shapes(facts.arch)}
+        names = {to_detectron2(name): name for name in expected_shapes(facts.arch)}
         weights = {names[name]: torch.from_numpy(array) for name, array in arrays.items()}
         return Backbone(weights, facts)
     checkpoint = _read_torch(path)
@@ -114,7 +105,7 @@ def random_backbone(arch: str, seed: int) -> Backbone:
     """Initialise a backbone as torchvision does, from a seed, leaving torch's own state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = getattr(torchvision.models, arch)()
+        network = build_network(arch)
     weights = {k: v for k, v in network.state_dict().items() if is_backbone_name(k)}
     name = f"{arch} random init, seed {seed}"
     facts = Facts(
@@ -130,7 +121,7 @@ def random_backbone(arch: str, seed: int) -> Backbone:
 
 def build_resnet(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
     """Build torchvision's ResNet around backbone weights; it gives the pooled (N, C) feature."""
-    network: nn.Module = getattr(torchvision.models, arch)()
+    network: nn.Module = build_network(arch)
     network.fc = nn.Identity()
     network.load_state_dict(dict(weights), strict=True)
     return network.eval()
@@ -230,7 +221,7 @@ def _short(error: Exception) -> str:
 
 
 def _backbone(found: Recognised, checkpoint: Mapping[str, Any], path: Path) -> Backbone:
-    arch = _find_arch(found.weights, path)
+    arch, _ = recognise_arch(found.weights, f"checkpoint {path}")
     weights = _whole(found.weights, arch, path)
     epoch = checkpoint.get("epoch")
     facts = Facts(
@@ -257,26 +248,9 @@ def _method(found: Recognised, checkpoint: Mapping[str, Any]) -> str:
     return found.layout.method
 
 
-def _find_arch(weights: Mapping[str, Tensor], path: Path) -> str:
-    blocks: list[set[str]] = [set(), set(), set(), set()]
-    for name in weights:
-        if name.startswith("layer"):
-            stage, block = name.removeprefix("layer").split(".")[:2]
-            blocks[int(stage) - 1].add(block)
-    kind = "bottleneck" if "layer1.0.conv3.weight" in weights else "basic"
-    counts = tuple(len(stage) for stage in blocks)
-    arch = ARCHS.get((kind, counts))
-    if arch is None:
-        known = ", ".join(ARCHS.values())
-        raise UserError(
-            f"checkpoint {path}: found {kind} blocks {counts} in its four stages; want {known}"
-        )
-    return arch
-
-
 def _whole(weights: Mapping[str, Tensor], arch: str, path: Path) -> dict[str, Tensor]:
     """Return every tensor of the architecture, or say which are missing, extra, wrong."""
-    expected = _expected_shapes(arch)
+    expected = expected_shapes(arch)
     missing = [k for k in expected if k not in weights and not k.endswith(COUNTER)]
     extra = [k for k in weights if k not in expected]
     shaped = [k for k in weights if k in expected and weights[k].shape != expected[k]]
@@ -303,10 +277,3 @@ def _shapes(name: str, weights: Mapping[str, Tensor], expected: Mapping[str, tor
     if name in weights and name in expected:
         return f" (found {tuple(weights[name].shape)}, want {tuple(expected[name])})"
     return ""
-
-
-@lru_cache
-def _expected_shapes(arch: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        network = getattr(torchvision.models, arch)()
-    return {k: v.shape for k, v in network.state_dict().items() if is_backbone_name(k)}

@@ -1,12 +1,10 @@
-"""Encoders: a torchvision ResNet whose classifier is MoCo's head."""
+"""Encoders: a ResNet whose classifier is MoCo's head."""
 
 from functools import partial
 
-import torchvision
 from torch import nn
 
-from convert.backbone import ARCHS
-from convert.errors import UserError, nearest
+from convert.resnets import build_network
 from pretrain.norm import SplitBatchNorm
 
 
@@ -16,7 +14,7 @@ def build_encoder(
     """Build f_q or f_k: (N, 3, H, W) images -> (N, dim) embeddings, not normalised.
 
     Args:
-        arch: a ResNet of torchvision, by name.
+        arch: a name of `convert.resnets.ARCHS`.
         dim: C, length of an embedding.
         mlp: v2's head, two layers with a ReLU between (arXiv:2003.04297, Sec. 2), instead of one.
         bn_groups: groups of every batch norm.
@@ -26,11 +24,8 @@ def build_encoder(
     Raises:
         UserError: the name is not one of a ResNet.
     """
-    if arch not in ARCHS.values():
-        near = nearest(arch, ARCHS.values())
-        raise UserError(f"arch '{arch}': is not a ResNet that is known here; near it: {near}")
     norm = partial(SplitBatchNorm, groups=bn_groups)
-    encoder: nn.Module = getattr(torchvision.models, arch)(num_classes=dim, norm_layer=norm)
+    encoder: nn.Module = build_network(arch, num_classes=dim, norm_layer=norm)
     last_norm = "bn3" if "layer1.0.bn3.weight" in encoder.state_dict() else "bn2"
     for name, parameter in encoder.named_parameters():
         if name.startswith("layer") and name.endswith(f".{last_norm}.weight"):

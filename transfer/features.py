@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
-from convert.backbone import ARCHS, RANDOM, Backbone, build_resnet, load_backbone, random_backbone
+from convert.backbone import RANDOM, Backbone, build_resnet, load_backbone, random_backbone
 from convert.errors import UserError
 from convert.files import atomic_write
 from convert.pixels import Pixels
 from convert.progress import Progress
+from convert.resnets import ARCHS
 from pretrain.embedded import embedded_root
 from pretrain.sources import ImageList, image_folder, train_folder
 from pretrain.views import Augmentation, augment
@@ -197,7 +198,7 @@ def open_backbone(request: Request, seed: int) -> Backbone:
         UserError: it cannot be read, or holds another network than `--arch` names.
     """
     if request.pretrained == RANDOM and request.arch is not None:
-        require_one_of("--arch", request.arch, list(ARCHS.values()))
+        require_one_of("--arch", request.arch, list(ARCHS))
         return random_backbone(request.arch, seed)
     backbone = load_backbone(request.pretrained, seed)
     if request.arch not in (None, backbone.facts.arch):
