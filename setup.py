@@ -26,6 +26,7 @@ setup(
         "Pillow>=11",
         "scikit-learn>=1.6",
         "pyyaml>=6",
+        "safetensors>=0.5",
         "tqdm>=4.60",
         "matplotlib>=3.9",
     ],

@@ -22,8 +22,8 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from convert.backbone import EXTRA_KEY
 from convert.errors import UserError
+from convert.facts import EXTRA_KEY
 from convert.files import output_folder, write_text
 from transfer import datasets, memory, recipes
 from transfer.detection import (
