@@ -9,7 +9,6 @@ tensors; in a `.safetensors`, in its metadata.
 import hashlib
 import io
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -137,15 +136,16 @@ def _serialised(backbone: Backbone, record: Mapping[str, Any], suffix: str) -> b
     They are made before the file, since a full disk is no `OSError` where torch writes by itself.
     """
     # The strict load that builds the network is the proof that no tensor is missing or too many.
-    state: OrderedDict[str, Tensor] = OrderedDict(backbone.build().state_dict())
+    state: Any = backbone.build().state_dict()
     extra = {EXTRA_KEY: json.dumps(backbone.facts.as_dict()), RECORD_KEY: json.dumps(record)}
     if suffix == SAFETENSORS:
         from safetensors.torch import save
 
-        return save(state, {"format": "pt"} | extra)
+        data: bytes = save(dict(state), {"format": "pt"} | extra)
+        return data
     # A state dict's `_metadata` has the version of each module by its name. Loaders look up the
     # modules that they have, and no ResNet has one of our names.
-    state._metadata = OrderedDict(extra)  # type: ignore[attr-defined]
+    state._metadata.update(extra)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()

@@ -88,8 +88,9 @@ LAYOUTS = (
     _fixed("moco", "MoCo v1", _QK),  # PCL and CLSA look the same
     _fixed("moco-v3", "MoCo v3", {"query": ("base_encoder.",), "key": ("momentum_encoder.",)}),
     # --- encoder
-    _fixed("soco", "SoCo", _ENCODER, r"^neck(_k)?\."),
-    _fixed("pixpro", "PixPro", _ENCODER, r"^(projector_k|encoder_k|value_transform)\b"),
+    _fixed("pixpro", "PixPro", _ENCODER, r"^value_transform\."),
+    _fixed("soco", "SoCo", _ENCODER, r"^(neck|predictor)\.", r"^(projector|encoder)_k\."),
+    _fixed("pixpro", "PixPro", _ENCODER, r"^(projector|encoder)_k\."),
     Layout(
         "solo-learn",
         "a method of solo-learn",
@@ -124,6 +125,13 @@ LAYOUTS = (
         (r"^(encoder_q|online_net|base_encoder)\.0\.",),
     ),
     Layout(
+        "openselfsup",
+        "a method of OpenSelfSup or MMSelfSup 0.x",
+        _BACKBONE,
+        (r"^(neck|head)\.", r"^meta\.mmcv_version$"),
+        (r"^(rpn|roi|bbox|mask|query)_head\.",),
+    ),
+    Layout(
         "mmdet", "a detector of MMDetection", _BACKBONE, (r"^(rpn|roi|bbox|mask|query)_head\.",)
     ),
     Layout(
@@ -140,6 +148,7 @@ LAYOUTS = (
         "lightly",
         "a method of lightly",
         {"query": ("query_backbone.",), "key": ("backbone.",)},
+        (r"^query_backbone\.",),
     ),
     Layout(
         "lightly",
@@ -268,7 +277,7 @@ def find_layout(values: Any, where: str, branch: str | None = None) -> Recognise
     """
     states = _flatten(values, where)
     candidates = _candidates(states, where)
-    keys = [str(key) for key in values] if isinstance(values, Mapping) else []
+    keys = _keys(values)
     names = [f"{_place(path)}{name}" for path, state in states.items() for name in state]
     if not candidates:
         raise UserError(_no_backbone(names or keys, where))
@@ -322,6 +331,13 @@ def _leaves(
             yield from _leaves(value, (*path, name))
 
 
+def _keys(values: Mapping[Any, Any]) -> list[str]:
+    """Return what else may tell a layout: the file's own keys, and those of its `meta`."""
+    meta = values.get("meta")
+    below = [f"meta.{key}" for key in meta] if isinstance(meta, Mapping) else []
+    return [*map(str, values), *below]
+
+
 def _unwrap(name: str) -> str:
     """Strip wrappers' prefixes, wherever in a name they stand."""
     parts = name.split(".")
@@ -348,6 +364,12 @@ def _candidates(states: Mapping[tuple[str, ...], dict[str, Tensor]], where: str)
                         "and -D have; want a single one, as torchvision's and Detectron2's ResNets"
                     )
                 continue
+            if "layer1.0.conv2.weight" not in names:
+                first = next(name for name in state if name.startswith(root))
+                raise UserError(
+                    f"{where}: has blocks with other parts than a ResNet's, such as selective "
+                    f"kernels, at '{root}' (first '{first}'); want a plain ResNet"
+                )
             weights = {short: state[name] for short, name in names.items()}
             place = _place(path) + root
             found.append(
@@ -360,11 +382,6 @@ def _no_backbone(names: list[str], where: str) -> str:
     vit = next((n for n in names if re.search(r"patch_embed|cls_token|patch_embeddings", n)), None)
     if vit:
         return f"{where}: holds a vision transformer ('{vit}'); want a ResNet"
-    kernels = next(
-        (n for n in names if re.search(r"\.net\.\d+\.(main|mix)|sk_|selective", n)), None
-    )
-    if kernels:
-        return f"{where}: holds a network with selective kernels ('{kernels}'); want a plain ResNet"
     known = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
     first = ", ".join(f"'{name}'" for name in names[:3]) or "none"
     return (
@@ -408,9 +425,11 @@ def _fit(
     for candidate in candidates:
         if candidate.root.removeprefix(common) in averaged:
             found.setdefault("ema", []).append(candidate)
+    if next(iter(layout.branches)) not in found:
+        return None
     explained = [candidate for branch in found.values() for candidate in branch]
     rest = [c for c in candidates if not any(c is one or c.equals(one) for one in explained)]
-    return found if explained and not rest else None
+    return None if rest else found
 
 
 def _refuse_ambiguity(layout: Layout, found: Mapping[str, list[Candidate]], where: str) -> None:

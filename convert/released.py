@@ -9,6 +9,7 @@ import fcntl
 import glob
 import hashlib
 import http.client
+import itertools
 import os
 import re
 import sys
@@ -381,17 +382,18 @@ def _receive(release: Release, path: Path, quiet: bool) -> Path:
     if part and part == _part(path, done):
         return part
     with _ask(release.address, done) as response:
-        total = _total(response)
-        if part != _part(path, total) or response.status != PARTIAL:
+        chunks = _chunks(response)
+        first = next(chunks, b"")
+        start, total = _span(response)
+        _refuse_page(response, first if start == 0 else b"")
+        if start != done or part != _part(path, total):
             _drop_parts(path)
-            if response.status == PARTIAL:  # of another file than the one begun
-                raise _Broken("the file there has another size than the part here")
-            done = 0
+            if start:
+                raise _Broken("the file there is not the one that was begun here")
+            done = 0  # the server knows no ranges, or there was no part
         part = _part(path, total)
         with part.open("ab") as file, _bar(release, total, done, quiet) as bar:
-            for chunk in _chunks(response):
-                if done == 0:
-                    _refuse_page(release, response, chunk)
+            for chunk in itertools.chain([first], chunks):
                 file.write(chunk)
                 done += len(chunk)
                 bar.add(done // MEGABYTE - bar.done)
@@ -417,12 +419,14 @@ def _ask(address: str, done: int) -> http.client.HTTPResponse:
         raise _Refused(f"{reason}: is this machine offline?") from error
 
 
-def _total(response: http.client.HTTPResponse) -> int:
-    """Return the size of the whole file, or 0 where the server does not say it."""
-    span = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
-    if response.status == PARTIAL:
-        return int(span[1]) if span else 0
-    return int(response.headers.get("Content-Length", 0))
+def _span(response: http.client.HTTPResponse) -> tuple[int, int]:
+    """Return where in the file an answer begins, and the whole's size, or 0 if it is not said."""
+    if response.status != PARTIAL:
+        return 0, int(response.headers.get("Content-Length", 0))
+    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    if span is None:
+        raise _Refused("the server sends a part of the file and does not say which")
+    return int(span[1]), int(span[2])
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -436,9 +440,9 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
         yield chunk
 
 
-def _refuse_page(release: Release, response: http.client.HTTPResponse, chunk: bytes) -> None:
+def _refuse_page(response: http.client.HTTPResponse, first: bytes) -> None:
     kind = response.headers.get_content_type()
-    if kind == "text/html" or chunk.lstrip().lower().startswith((b"<!doctype", b"<html")):
+    if kind == "text/html" or first.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise _Refused("the answer is a web page: a sign-in of this network, or a moved file")
 
 
