@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from convert.errors import UserError
-from convert.facts import EXTRA_KEY, GIVEN, Expected, Facts, Options, expected
+from convert.facts import EXTRA_KEY, GIVEN, KNOWN, Expected, Facts, Options, expected
 from convert.files import sha256
 from convert.layouts import Recognised, find_layout
 from convert.names import COUNTER, is_backbone_name
 from convert.reading import Content, read_file
+from convert.released import Release, fetch, find
 from convert.resnets import (
     CIFAR_STEM,
     IMAGENET_STEM,
@@ -55,7 +56,8 @@ def load_backbone(
     """Read the backbone of a checkpoint, whatever supported layout it has.
 
     Args:
-        source: a checkpoint file, or the word `random` for a ResNet-50 initialised from `seed`.
+        source: a checkpoint file, a released checkpoint's name (`released.py`), or the word
+            `random` for a ResNet-50 initialised from `seed`.
         options: what is said of it beside the file.
         seed: of a random initialisation; unused for a file.
         said: the fields of `Options`, as keywords.
@@ -66,6 +68,9 @@ def load_backbone(
     if str(source) == RANDOM:
         return random_backbone("resnet50", seed)
     options = options or Options(**said)
+    release = None if Path(source).exists() else find(str(source))
+    if release is not None:
+        return _released(release, options)
     path = Path(source)
     content = read_file(path)
     where = f"checkpoint {path}"
@@ -110,6 +115,28 @@ def build_resnet(
     network.fc = nn.Identity()
     network.load_state_dict({k: v.clone() for k, v in weights.items()}, strict=True, assign=True)
     return network.eval()
+
+
+def _released(release: Release, options: Options) -> Backbone:
+    """Read a released checkpoint, whose pixels, stride and training its publisher has told."""
+    said = replace(
+        options,
+        pixels=options.pixels or release.pixels,
+        stride_in_1x1=release.stride_in_1x1
+        if options.stride_in_1x1 is None
+        else options.stride_in_1x1,
+    )
+    backbone = load_backbone(fetch(release), said)
+    given = {"pixels": options.pixels, "stride_in_1x1": options.stride_in_1x1}
+    sources = {key: KNOWN if value is None else GIVEN for key, value in given.items()}
+    facts = replace(
+        backbone.facts,
+        name=release.name,
+        method=release.method,
+        epoch=release.epochs,
+        sources=sources,
+    )
+    return replace(backbone, facts=facts)
 
 
 def _embedded(content: Content) -> Facts | None:

@@ -22,7 +22,7 @@ from convert.pixels import IMAGENET_PIXELS, UNIT_PIXELS, Pixels
 from convert.reading import Placeholder
 from convert.resnets import CIFAR_PAD2_STEM, CIFAR_STEM
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")
 # Containers whose name tells the branch; what they hold keeps the name before its own.
 EMA_CONTAINERS = ("model_ema", "ema_state_dict", "state_dict_ema")
 BRANCH_CONTAINERS = ("teacher", "student", *EMA_CONTAINERS)
@@ -340,10 +340,8 @@ def _keys(values: Mapping[Any, Any]) -> list[str]:
 
 def _unwrap(name: str) -> str:
     """Strip wrappers' prefixes, wherever in a name they stand."""
-    parts = name.split(".")
-    return ".".join(part for part in parts[:-1] if f"{part}." not in WRAPPERS) + (
-        f".{parts[-1]}" if len(parts) > 1 else parts[-1]
-    )
+    *above, last = name.split(".")
+    return ".".join([*(part for part in above if part not in WRAPPERS), last])
 
 
 def _place(path: tuple[str, ...]) -> str:
