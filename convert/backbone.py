@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convert import released
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY, GIVEN, KNOWN, Expected, Facts, Options, expected
 from convert.files import sha256
 from convert.layouts import Recognised, find_layout
 from convert.names import COUNTER, is_backbone_name
 from convert.reading import Content, read_file
-from convert.released import Release, fetch, find
 from convert.resnets import (
     CIFAR_STEM,
     IMAGENET_STEM,
@@ -68,17 +68,17 @@ def load_backbone(
     if str(source) == RANDOM:
         return random_backbone("resnet50", seed)
     options = options or Options(**said)
-    release = None if Path(source).exists() else find(str(source))
+    release = None if Path(source).exists() else released.find(str(source))
     if release is not None:
-        return _released(release, options)
-    path = Path(source)
+        return _of_release(release, options)
+    path = released.locate(source)
     content = read_file(path)
     where = f"checkpoint {path}"
     values = content.values
-    found = find_layout(values, where, options.branch)
+    ours = _embedded(content)
+    found = find_layout(values, where, options.branch if ours is None else None)
     arch, stem = recognise_arch(found.weights, where)
     whole = _whole(found, arch, stem, where)
-    ours = _embedded(content)
     if ours is not None:
         return Backbone(whole, _overruled(ours, where, options))
     fits = expected(found, values, path, options)
@@ -117,7 +117,7 @@ def build_resnet(
     return network.eval()
 
 
-def _released(release: Release, options: Options) -> Backbone:
+def _of_release(release: released.Release, options: Options) -> Backbone:
     """Read a released checkpoint, whose pixels, stride and training its publisher has told."""
     said = replace(
         options,
@@ -126,7 +126,7 @@ def _released(release: Release, options: Options) -> Backbone:
         if options.stride_in_1x1 is None
         else options.stride_in_1x1,
     )
-    backbone = load_backbone(fetch(release), said)
+    backbone = load_backbone(released.fetch(release), said)
     given = {"pixels": options.pixels, "stride_in_1x1": options.stride_in_1x1}
     sources = {key: KNOWN if value is None else GIVEN for key, value in given.items()}
     facts = replace(
@@ -145,9 +145,10 @@ def _embedded(content: Content) -> Facts | None:
     words = content.metadata.get(EXTRA_KEY) or getattr(values, "_metadata", {}).get(EXTRA_KEY)
     if isinstance(words, str):
         return Facts.from_dict(json.loads(words))
-    ours = values.get(EXTRA_KEY)
-    certified = isinstance(ours, Mapping) and "certificate" in ours
-    return Facts.from_dict(ours["facts"]) if certified else None
+    ours = values.get(EXTRA_KEY) if isinstance(values, Mapping) else None
+    if isinstance(ours, Mapping) and "certificate" in ours:
+        return Facts.from_dict(ours["facts"])
+    return None
 
 
 def _overruled(facts: Facts, where: str, options: Options) -> Facts:

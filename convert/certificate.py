@@ -18,6 +18,7 @@ from convert.files import atomic_write, detectron2_version, sha256
 from convert.names import COUNTER, to_detectron2
 from convert.proof import can_prove, prove
 from convert.reading import check_file, read_file
+from convert.released import locate
 from convert.resnets import IMAGENET_STEM
 from convert.settings import HEADER, detectron2_settings, has_c4, settings_yaml
 
@@ -28,7 +29,7 @@ SUFFIXES = (".gz", ".tar", ".pth", ".pt", ".pyth", ".ckpt", ".safetensors", ".bi
 
 
 def convert(
-    checkpoint: Path,
+    checkpoint: str | Path,
     output: Path | None = None,
     *,
     options: Options = NOTHING_SAID,
@@ -40,7 +41,7 @@ def convert(
     recipe.
 
     Args:
-        checkpoint: the source, of any supported layout.
+        checkpoint: the source, of any supported layout, or a released one's name.
         output: the pickle to write; default: beside the source.
         options: which branch, and what the file does not say of itself.
         force: overwrite an output that came from something else.
@@ -51,9 +52,10 @@ def convert(
     Raises:
         UserError: the source is refused, the proof fails, or the output exists and differs.
     """
-    output = output or _beside(checkpoint)
-    check_file(checkpoint)
-    existing = None if force else _existing(checkpoint, output, options)
+    output = output or _beside(Path(checkpoint))
+    file = locate(checkpoint)
+    check_file(file)
+    existing = None if force else _existing(file, output, options)
     if existing is not None:
         _link(output)
         return existing

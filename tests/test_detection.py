@@ -19,9 +19,9 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMa
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from convert.facts import EXTRA_KEY
 from convert.backbone import load_backbone
 from convert.errors import UserError
+from convert.facts import EXTRA_KEY
 from convert.files import ROOT
 from convert.names import to_detectron2
 from transfer import datasets, detection, recipes
