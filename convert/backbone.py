@@ -146,9 +146,9 @@ def _embedded(content: Content) -> Facts | None:
     if isinstance(words, str):
         return Facts.from_dict(json.loads(words))
     ours = values.get(EXTRA_KEY) if isinstance(values, Mapping) else None
-    if isinstance(ours, Mapping) and "certificate" in ours:
-        return Facts.from_dict(ours["facts"])
-    return None
+    if not isinstance(ours, Mapping) or "facts" not in ours or "pixels" in ours:
+        return None  # beside "pixels" they are those of what a detector began from
+    return Facts.from_dict(ours["facts"])
 
 
 def _overruled(facts: Facts, where: str, options: Options) -> Facts:

@@ -62,7 +62,8 @@ def convert(
     backbone = load_backbone(checkpoint, options)
     _refuse_stem(backbone.facts)
     arrays = {to_detectron2(name): tensor.numpy() for name, tensor in backbone.weights.items()}
-    certificate = _certify(backbone, arrays, output) | {"options": options.as_dict()}
+    certificate = _certify(backbone, arrays, output)
+    certificate |= {"options": options.as_dict(), "file_sha256": sha256(file)}
     content = {
         "model": arrays,
         "__author__": AUTHOR,
@@ -185,7 +186,7 @@ def _existing(checkpoint: Path, output: Path, options: Options) -> dict[str, Any
         return None
     with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):
         certificate: dict[str, Any] = read_file(output).values[EXTRA_KEY]["certificate"]
-        same_source = certificate["sha256"] == sha256(checkpoint)
+        same_source = certificate["file_sha256"] == sha256(checkpoint)
         same = same_source and certificate["options"] == options.as_dict()
         # A conversion made without Detectron2 is made again once it can be proved.
         if same and certificate["proof"]["ran"] == can_prove() and settings.exists():

@@ -23,7 +23,7 @@ from convert.errors import UserError
 from convert.facts import EXTRA_KEY, Facts, Options
 from convert.files import atomic_write, sha256
 from convert.reading import check_file, read_file
-from convert.released import fetch, find
+from convert.released import locate
 from convert.resnets import IMAGENET_STEM, find_arch
 
 RECORD_KEY = f"{EXTRA_KEY}_export"  # which file and options an output came from
@@ -57,7 +57,8 @@ def export(
     """
     output = output or Path(source).with_name(f"{stem_of(Path(source))}.torchvision.pth")
     _check_suffix(output)
-    path = _file(source, quiet)
+    path = locate(source, quiet=quiet)
+    check_file(path)
     if output.exists() and output.samefile(path):
         raise UserError(f"{output}: is the checkpoint itself; name another output")
     record: dict[str, Any] = {"source": sha256(path), "options": options.as_dict()}
@@ -95,16 +96,6 @@ def _check_suffix(output: Path) -> None:
             f"{output}: ends in '{output.suffix}'; want .pth for torchvision and timm, or "
             ".safetensors"
         )
-
-
-def _file(source: str | Path, quiet: bool) -> Path:
-    """Return the file that a source means, fetched if it is a released one's name."""
-    path = Path(source)
-    release = None if path.exists() else find(str(source))
-    if release:
-        return fetch(release, quiet=quiet)
-    check_file(path)
-    return path
 
 
 def _as_torchvision(backbone: Backbone) -> Backbone:

@@ -10,7 +10,6 @@ import glob
 import hashlib
 import http.client
 import itertools
-import os
 import re
 import sys
 import time
@@ -22,12 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from convert.errors import UserError
-from convert.files import write_text
+from convert.errors import UserError, nearest
+from convert.files import CACHE_VARIABLE, cache_folder, write_text
 from convert.pixels import CAFFE_PIXELS, IMAGENET_PIXELS, Pixels
 from convert.progress import Progress
 
-CACHE_VARIABLE = "MOCO_TRANSFER_CACHE"
 TIMEOUT_S = 30.0  # without a byte
 ATTEMPTS = 5  # of a connection that breaks, before the user is asked to try again
 CHUNK = 1 << 18  # bytes
@@ -185,6 +183,31 @@ def place(release: Release) -> Path:
     return cache_folder() / "released" / release.file_name
 
 
+def locate(source: str | Path, *, quiet: bool = False) -> Path:
+    """Return the file that a source means: itself, or a released one's, fetched if need be.
+
+    Args:
+        source: a path, or a name of `names`; what exists as a file is a path.
+        quiet: show no progress.
+
+    Raises:
+        UserError: it is a word that names neither a file nor a release, or cannot be fetched.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    release = find(str(source))
+    if release:
+        return fetch(release, quiet=quiet)
+    if path.suffix or path.name != str(source):
+        return path  # whoever reads it says that it is missing
+    near = nearest(str(source), names(), count=len(names()))
+    raise UserError(
+        f"checkpoint {source}: no such file, and no released checkpoint is called so; near it: "
+        f"{near}"
+    )
+
+
 def fetch(release: Release, *, quiet: bool = False) -> Path:
     """Return a release's file, from the cache or fetched into it, held against its checksum.
 
@@ -199,26 +222,6 @@ def fetch(release: Release, *, quiet: bool = False) -> Path:
         if not path.is_file():  # else another process has fetched it meanwhile
             _fetch(release, path, quiet)
     return path
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder for this project, which need not exist yet.
-
-    Raises:
-        UserError: there is no home folder and no variable names a cache.
-    """
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser().absolute()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if shared.is_absolute():  # the XDG specification says to ignore a relative one
-        return shared / "moco-transfer"
-    try:
-        return Path.home() / ".cache" / "moco-transfer"
-    except RuntimeError as error:
-        raise UserError(
-            f"cache folder: there is no home folder; name one in the variable {CACHE_VARIABLE}"
-        ) from error
 
 
 def _fetch(release: Release, path: Path, quiet: bool) -> None:

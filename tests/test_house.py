@@ -14,7 +14,7 @@ ORDER = ("convert", "pretrain", "transfer", "benchmarks")
 FILES = [path for folder in ORDER for path in sorted((ROOT / folder).rglob("*.py"))]
 SCRIPTS = [path for path in FILES if "run_script(main)" in path.read_text(encoding="utf-8")]
 DETECTION = {"detection.py", "detection_job.py", "memory.py", "pictures.py", "recipes.py"}
-LATE = {"train_net.py", "datasets.py", "certificate.py"}  # import it when they run
+LATE = {"train_net.py", "datasets.py", "proof.py"}  # import it when they run
 
 
 def imported(path):
@@ -53,6 +53,7 @@ def test_there_are_scripts_for_every_stage():
     names = {str(path.relative_to(ROOT)) for path in SCRIPTS}
     assert names >= {
         "convert/to_detectron2.py",
+        "convert/to_torchvision.py",
         "pretrain/main_moco.py",
         "transfer/train_net.py",
         "transfer/main_lincls.py",
