@@ -46,6 +46,17 @@ setup(
             "termcolor",
             "yacs",
         ],
-        "dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML", "types-tqdm"],
+        "dev": [
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "types-PyYAML",
+            "types-tqdm",
+            # Their own code writes checkpoints that the tests read.
+            "lightly>=1.6",
+            "timm>=1.0",
+            "transformers>=5",
+        ],
     },
 )
