@@ -111,3 +111,14 @@ def test_everything_but_detection_imports_without_detectron2(tmp_path):
 def test_installing_makes_no_package_of_tests_and_configs():
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     assert 'packages=["convert", "pretrain", "transfer", "benchmarks"]' in text
+
+
+def test_the_docs_table_has_every_layout_and_every_released_name():
+    from convert.layouts import LAYOUTS
+    from convert.released import names
+
+    text = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
+    for layout in LAYOUTS:
+        assert f"| `{layout.name}` |" in text
+    for name in names():
+        assert f"`{name.removesuffix('_v2')}" in text
