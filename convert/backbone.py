@@ -79,10 +79,12 @@ def load_backbone(
     found = find_layout(values, where, options.branch if ours is None else None)
     arch, stem = recognise_arch(found.weights, where)
     whole = _whole(found, arch, stem, where)
-    if ours is not None:
+    digest = weights_digest(whole)
+    if ours is not None and ours.arch == arch and ours.digest in ("", digest):
         return Backbone(whole, _overruled(ours, where, options))
-    fits = expected(found, values, path, options)
-    return Backbone(whole, _facts(found, values, path, arch, stem, fits))
+    fits = expected(found, stem, values, path, options)
+    facts = _facts(found, values, path, arch, stem, fits)
+    return Backbone(whole, replace(facts, digest=digest))
 
 
 def random_backbone(arch: str, seed: int) -> Backbone:
@@ -142,13 +144,29 @@ def _of_release(release: released.Release, options: Options) -> Backbone:
 def _embedded(content: Content) -> Facts | None:
     """Return the facts in a file that this project wrote for others, if it is one."""
     values = content.values
-    words = content.metadata.get(EXTRA_KEY) or getattr(values, "_metadata", {}).get(EXTRA_KEY)
-    if isinstance(words, str):
-        return Facts.from_dict(json.loads(words))
+    beside = getattr(values, "_metadata", None)
+    words = content.metadata.get(EXTRA_KEY)
+    if words is None and isinstance(beside, Mapping):
+        words = beside.get(EXTRA_KEY)
     ours = values.get(EXTRA_KEY) if isinstance(values, Mapping) else None
-    if not isinstance(ours, Mapping) or "facts" not in ours or "pixels" in ours:
-        return None  # beside "pixels" they are those of what a detector began from
-    return Facts.from_dict(ours["facts"])
+    try:
+        if isinstance(words, str):
+            return Facts.from_dict(json.loads(words))
+        if isinstance(ours, Mapping) and "facts" in ours and "pixels" not in ours:
+            return Facts.from_dict(ours["facts"])
+    except (KeyError, TypeError, ValueError):
+        pass  # damaged facts are none: the file is read as anybody else's
+    return None  # facts beside "pixels" are those of what a detector began from
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Hash names and tensors, so that facts are not taken for those of other weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):  # safetensors keep an order of their own
+        tensor = weights[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _overruled(facts: Facts, where: str, options: Options) -> Facts:
@@ -187,6 +205,9 @@ def _facts(
         dropped=sum(found.dropped.values()),
         dropped_parts=found.dropped,
         branches=found.branches,
+        splits=max(1, len(found.weights["bn1.running_mean"]) // len(found.weights["bn1.weight"]))
+        if "bn1.running_mean" in found.weights
+        else 1,
         dtype=str(found.weights["conv1.weight"].dtype).removeprefix("torch."),
     )
 
@@ -206,7 +227,8 @@ def _method(found: Recognised, values: Mapping[str, Any]) -> str:
 def _epoch(values: Mapping[str, Any]) -> int | None:
     meta = values.get("meta")
     said = values.get("epoch", meta.get("epoch") if isinstance(meta, Mapping) else None)
-    return said if isinstance(said, int) and not isinstance(said, bool) else None
+    whole = isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 10**6
+    return said if whole else None
 
 
 def _whole(found: Recognised, arch: str, stem: str, where: str) -> dict[str, Tensor]:
@@ -218,19 +240,34 @@ def _whole(found: Recognised, arch: str, stem: str, where: str) -> dict[str, Ten
     missing = [k for k in wanted if k not in weights and not k.endswith(COUNTER)]
     extra = [k for k in weights if k not in wanted]
     shaped = [k for k in weights if k in wanted and weights[k].shape != wanted[k]]
-    for fault, names in (("missing", missing), ("unknown", extra), ("of another shape", shaped)):
+    odd = [k for k, v in weights.items() if not _is_plain(k, v)]
+    for fault, names in (
+        ("missing", missing),
+        ("unknown", extra),
+        ("of another shape", shaped),
+        ("no dense floating-point numbers", odd),
+    ):
         if names:
             raise UserError(
                 f"{where}: {len(names)} of {len(wanted)} tensors of {arch} are {fault},"
                 f" first '{names[0]}'{_shapes(names[0], weights, wanted)}"
             )
-    broken = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
+    whole = {name: _own(weights.get(name, torch.tensor(0))) for name in wanted}
+    broken = [k for k, v in whole.items() if v.is_floating_point() and not v.isfinite().all()]
+    broken += [k for k, v in whole.items() if k.endswith("running_var") and (v < 0).any()]
     if broken:
         raise UserError(
-            f"{where}: {len(broken)} tensors hold NaN or infinity, first '{broken[0]}'; "
-            "the training diverged: take an earlier checkpoint"
+            f"{where}: {len(broken)} tensors hold NaN, infinity or a variance below 0, first "
+            f"'{broken[0]}'; the training diverged: take an earlier checkpoint"
         )
-    return {name: _own(weights.get(name, torch.tensor(0))) for name in wanted}
+    return whole
+
+
+def _is_plain(name: str, tensor: Tensor) -> bool:
+    """Tell a dense tensor of numbers that float32 can hold; counters are integers."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    counts = name.endswith(COUNTER) and not tensor.is_complex() and not tensor.is_quantized
+    return dense and (tensor.is_floating_point() or counts)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -242,6 +279,8 @@ def _own(tensor: Tensor) -> Tensor:
 def _folded(name: str, tensor: Tensor, wanted: Mapping[str, torch.Size]) -> Tensor:
     """Average the statistics of a batch norm in S splits, (S * C,) -> (C,), as lightly does."""
     split = name in wanted and "running" in name and tensor.dim() == 1
+    if name.endswith(COUNTER) and tensor.numel() == 1:
+        return tensor.reshape(())
     if split and len(tensor) > wanted[name][0] and len(tensor) % wanted[name][0] == 0:
         return tensor.float().view(-1, wanted[name][0]).mean(dim=0)
     return tensor

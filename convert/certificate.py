@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from convert.backbone import Backbone, load_backbone
-from convert.errors import UserError
-from convert.facts import EXTRA_KEY, Facts, Options
-from convert.files import atomic_write, detectron2_version, sha256
+from convert.errors import UserError, printable
+from convert.facts import EXTRA_KEY, Facts, Options, sidecars
+from convert.files import atomic_write, detectron2_version, sha256, write_text
 from convert.names import COUNTER, to_detectron2
 from convert.proof import can_prove, prove
 from convert.reading import check_file, read_file
@@ -55,6 +55,7 @@ def convert(
     output = output or _beside(Path(checkpoint))
     file = locate(checkpoint)
     check_file(file)
+    _check_output(output, file)
     existing = None if force else _existing(file, output, options)
     if existing is not None:
         _link(output)
@@ -64,6 +65,7 @@ def convert(
     arrays = {to_detectron2(name): tensor.numpy() for name, tensor in backbone.weights.items()}
     certificate = _certify(backbone, arrays, output)
     certificate |= {"options": options.as_dict(), "file_sha256": sha256(file)}
+    certificate["beside"] = sidecars(backbone.facts.layout, file)
     content = {
         "model": arrays,
         "__author__": AUTHOR,
@@ -122,6 +124,7 @@ def facts_rows(facts: Facts) -> list[tuple[str, str]]:
     stem = "" if facts.stem == IMAGENET_STEM else f", stem {facts.stem}"
     where = "1x1" if facts.stride_in_1x1 else "3x3"
     dtype = "" if facts.dtype == "float32" else f", stored as {facts.dtype}"
+    dtype += "" if facts.splits == 1 else f", statistics of {facts.splits} splits averaged"
     return [
         ("source", f"{facts.name} (sha256 {facts.sha256[:12]})"),
         ("network", f"{facts.arch}{stem}, {facts.method}{epoch}{dtype}"),
@@ -152,7 +155,8 @@ def describe_source(checkpoint: Path, options: Options, *, as_json: bool) -> str
 
 def table(title: str, rows: list[tuple[str, str]]) -> str:
     """Set a title above rows of a name and a text."""
-    return "\n".join([title, *(f"  {name:10} {text}" for name, text in rows)])
+    lines = (f"  {name:10} {printable(text)}" for name, text in rows)
+    return "\n".join([printable(title), *lines])
 
 
 def stem_of(checkpoint: Path) -> str:
@@ -177,6 +181,17 @@ def _refuse_stem(facts: Facts) -> None:
         )
 
 
+def _check_output(output: Path, checkpoint: Path) -> None:
+    """Refuse an output that would destroy something, before anything is read."""
+    if output.suffix != ".pkl":
+        raise UserError(f"{output}: Detectron2 reads such a file only if its name ends in .pkl")
+    if output.exists() and output.samefile(checkpoint):
+        raise UserError(f"{output}: is the checkpoint itself; name another output")
+    for file in (output, settings_path(output)):
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file}: is no file that could be replaced; name another output")
+
+
 def _existing(checkpoint: Path, output: Path, options: Options) -> dict[str, Any] | None:
     """Return the certificate of an output that this very source gave, if there is one."""
     settings = settings_path(output)
@@ -189,13 +204,21 @@ def _existing(checkpoint: Path, output: Path, options: Options) -> dict[str, Any
         same_source = certificate["file_sha256"] == sha256(checkpoint)
         same = same_source and certificate["options"] == options.as_dict()
         # A conversion made without Detectron2 is made again once it can be proved.
-        if same and certificate["proof"]["ran"] == can_prove() and settings.exists():
+        same = same and certificate["beside"] == sidecars(certificate["layout"], checkpoint)
+        if same and certificate["proof"]["ran"] == can_prove():
+            facts = Facts.from_dict(certificate["facts"])
+            write_text(settings, settings_yaml(facts, output.resolve()))  # it may have been moved
             return certificate | {"output": str(output), "already": True}
     raise UserError(f"{output}: exists and came from something else; add --force to overwrite it")
 
 
 def _link(output: Path) -> None:
     """Point output/weights.pkl of the current folder at a conversion."""
+    if WEIGHTS_LINK.exists() and not WEIGHTS_LINK.is_symlink():
+        raise UserError(
+            f"{WEIGHTS_LINK}: is a file of its own and was left alone; the conversion is whole: "
+            f"take that file away, or name {output} as MODEL.WEIGHTS"
+        )
     temporary = WEIGHTS_LINK.with_name(f".{WEIGHTS_LINK.name}.{output.stat().st_ino}")
     try:
         WEIGHTS_LINK.parent.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,12 @@ def run_script(main: Callable[[list[str] | None], int]) -> NoReturn:
 
 def _one_line(error: UserError) -> str:
     # A DataLoader hands an error of its workers on with their traceback around the message.
-    return " ".join(str(error).rsplit(f"{UserError.__name__}: ", 1)[-1].split())
+    return printable(" ".join(str(error).rsplit(f"{UserError.__name__}: ", 1)[-1].split()))
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal would obey, as names inside a file may hold it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:

@@ -6,18 +6,16 @@ where no loader looks: in a `.pth`, in the `_metadata` that PyTorch's state dict
 tensors; in a `.safetensors`, in its metadata.
 """
 
-import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from convert.backbone import Backbone, load_backbone
+from convert.backbone import Backbone, load_backbone, weights_digest
 from convert.certificate import NOTHING_SAID, facts_rows, stem_of, table
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY, Facts, Options
@@ -68,7 +66,7 @@ def export(
     backbone = _as_torchvision(loaded)
     record |= {
         "flipped": backbone.facts.pixels != loaded.facts.pixels,
-        "digest": _digest(backbone.weights),
+        "digest": weights_digest(backbone.weights),
     }
     with atomic_write(output) as temporary:
         temporary.write_bytes(_serialised(backbone, record, output.suffix))
@@ -118,7 +116,8 @@ def _as_torchvision(backbone: Backbone) -> Backbone:
     # The first convolution sums over its input channels, so that their order may change with the
     # image's; mean and standard deviation are kept in RGB order whatever the channels' is.
     weights = backbone.weights | {"conv1.weight": backbone.weights["conv1.weight"][:, [2, 1, 0]]}
-    return Backbone(weights, replace(facts, pixels=replace(facts.pixels, channel_order="RGB")))
+    pixels = replace(facts.pixels, channel_order="RGB")
+    return Backbone(weights, replace(facts, pixels=pixels, digest=weights_digest(weights)))
 
 
 def _serialised(backbone: Backbone, record: Mapping[str, Any], suffix: str) -> bytes | memoryview:
@@ -163,7 +162,7 @@ def _existing(output: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         extra = content.metadata or getattr(content.values, "_metadata", {})
         made, facts = json.loads(extra[RECORD_KEY]), Facts.from_dict(json.loads(extra[EXTRA_KEY]))
         same = all(made[key] == value for key, value in record.items())
-        if same and made["digest"] == _digest(content.values):
+        if same and made["digest"] == weights_digest(content.values):
             return _report(facts, made, len(content.values), output, already=True)
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         pass  # whatever it is, it is not ours
@@ -171,20 +170,6 @@ def _existing(output: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         f"{output}: exists and came from another source or other options; add --force to "
         "overwrite it"
     )
-
-
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    """Hash names and tensors, so that an output that was changed later is not taken for ours."""
-    digest = hashlib.sha256()
-    for part in _bytes(weights):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _bytes(weights: Mapping[str, Tensor]) -> Iterable[Any]:
-    for name in sorted(weights):  # safetensors keep an order of their own
-        yield f"{name} {weights[name].dtype} {tuple(weights[name].shape)};".encode()
-        yield weights[name].contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _report(

@@ -5,18 +5,27 @@ code fixes it), *given* (on the command line, or by a config beside the file) or
 wrong assumption is likely (Detectron2's and Caffe2's files) nothing is assumed.
 """
 
+import ast
+import contextlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
 from convert.errors import UserError
+from convert.files import sha256
 from convert.layouts import Recognised
-from convert.pixels import IMAGENET_PIXELS, ORDERS, Pixels, parse_pixels
+from convert.pixels import (
+    IMAGENET_PIXELS,
+    ORDERS,
+    UNIT_PIXELS,
+    Pixels,
+    parse_pixels,
+    plausible,
+)
 from convert.resnets import IMAGENET_STEM
 
 EXTRA_KEY = "moco_transfer"  # where our own files keep facts beside what other tools read
@@ -26,6 +35,8 @@ STRIDE_IN_1X1 = False
 # Converters that sign their work and always start from torchvision's networks.
 AUTHORS_OF_TORCHVISION = {"MOCO", "torchvision"}
 NO_GUESS = {"detectron2", "caffe2"}
+STYLES = ("pytorch", "caffe")  # OpenMMLab's words for the stride's place
+PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class Facts:
         dropped_parts: the same by the part of the file that they stood in.
         dtype: what the weights were stored as.
         branches: all that the file has.
+        splits: of batch norms whose statistics were averaged into one.
+        digest: of the weights; facts beside other weights are not theirs.
     """
 
     name: str
@@ -64,6 +77,8 @@ class Facts:
     dropped_parts: Mapping[str, int] = field(default_factory=dict)
     dtype: str = "float32"
     branches: tuple[str, ...] = ("query",)
+    splits: int = 1
+    digest: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and lists; the pixels' entries stand among the others."""
@@ -109,7 +124,7 @@ class Options:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        pixels = str(self.pixels) if self.pixels else None
+        pixels = None if self.pixels is None else json.loads(json.dumps(asdict(self.pixels)))
         return {"branch": self.branch, "pixels": pixels, "stride_in_1x1": self.stride_in_1x1}
 
 
@@ -123,12 +138,13 @@ class Expected:
 
 
 def expected(
-    found: Recognised, values: Mapping[str, Any], path: Path, options: Options
+    found: Recognised, stem: str, values: Mapping[str, Any], path: Path, options: Options
 ) -> Expected:
     """Settle what a recognised backbone expects.
 
     Args:
         found: the backbone.
+        stem: of its network.
         values: what its file holds.
         path: the file; a config beside it may tell.
         options: what the command line says.
@@ -136,32 +152,43 @@ def expected(
     Raises:
         UserError: it would have to be guessed, where guesses are often wrong.
     """
-    ways: list[tuple[str, dict[str, Any]]] = [
-        (GIVEN, {"pixels": options.pixels, "stride_in_1x1": options.stride_in_1x1}),
-        (KNOWN, _written_down(values)),
-        (KNOWN, {"pixels": found.layout.pixels, "stride_in_1x1": found.layout.stride_in_1x1}),
-        (GIVEN, _beside(found, path)),
-    ]
-    guess = {"pixels": IMAGENET_PIXELS, "stride_in_1x1": STRIDE_IN_1X1}
-    if found.dialect not in NO_GUESS:
-        ways.append((ASSUMED, guess))
-    elif options.unknown_too:
-        ways.append((UNKNOWN, guess))
-    settled: dict[str, Any] = {}
-    sources: dict[str, str] = {}
+    given = {"pixels": options.pixels, "stride_in_1x1": options.stride_in_1x1}
+    sources = {key: GIVEN for key, value in given.items() if value is not None}
+    settled = {key: value for key, value in given.items() if value is not None}
+    for source, say in _ways(found, stem, values, path, options):
+        if len(settled) == len(given):
+            break
+        for key, value in say().items():
+            if value is not None and key not in settled:
+                settled[key], sources[key] = value, source
     for key, flag in (("pixels", "--pixels imagenet"), ("stride_in_1x1", "--stride-in-1x1 no")):
-        way = next((w for w in ways if w[1].get(key) is not None), None)
-        if way is None:
+        if key not in settled:
             raise UserError(
                 f"checkpoint {path}: a file of {found.layout.name} does not say its "
                 f"{key.replace('_', ' ')}, and models of both kinds are common; say it, as {flag}, "
                 "or put the config.yaml of its training beside it"
             )
-        sources[key], settled[key] = way[0], way[1][key]
-    return Expected(settled["pixels"], settled["stride_in_1x1"], sources)
+    return Expected(settled["pixels"], settled["stride_in_1x1"], sources)  # type: ignore[arg-type]
 
 
-def _written_down(values: Mapping[str, Any]) -> dict[str, Any]:
+def _ways(
+    found: Recognised, stem: str, values: Mapping[str, Any], path: Path, options: Options
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yield who may tell what the command line does not, the most trusted first."""
+    layout = found.layout
+    yield KNOWN, lambda: _written_down(values, path)
+    # Code that fixes ImageNet's statistics fixes them for ImageNet's stem.
+    fixed = layout.pixels if stem == IMAGENET_STEM or layout.pixels != IMAGENET_PIXELS else None
+    yield KNOWN, lambda: {"pixels": fixed, "stride_in_1x1": layout.stride_in_1x1}
+    yield GIVEN, lambda: _beside(found.dialect, path)
+    guess = {"pixels": IMAGENET_PIXELS, "stride_in_1x1": STRIDE_IN_1X1}
+    if found.dialect not in NO_GUESS:
+        yield ASSUMED, lambda: guess
+    elif options.unknown_too:
+        yield UNKNOWN, lambda: guess
+
+
+def _written_down(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return what the file itself says, beside its tensors."""
     ours = values.get(EXTRA_KEY)
     if isinstance(ours, Mapping) and isinstance(ours.get("pixels"), Mapping):  # our own detectors
@@ -176,36 +203,86 @@ def _written_down(values: Mapping[str, Any]) -> dict[str, Any]:
     meta = values.get("meta")
     if isinstance(meta, Mapping):
         text = next((meta[k] for k in ("cfg", "config") if isinstance(meta.get(k), str)), "")
-        return _read_openmmlab(text)
+        return _read_openmmlab(text, path)
     return {}
 
 
-def _read_openmmlab(text: str) -> dict[str, Any]:
-    """Read pixels and stride in the config that OpenMMLab's checkpoints carry as text."""
-    said: dict[str, Any] = {}
-    style = re.search(r"style\s*=\s*'(pytorch|caffe)'", text)
-    if style:
-        said["stride_in_1x1"] = style[1] == "caffe"
-    mean, std = (_numbers(name, text) for name in ("mean", "std"))
-    flipped = re.search(r"(bgr_to_rgb|to_rgb)\s*=\s*(True|False)", text)
-    if mean and std and flipped:
-        # Their images are read as BGR; the numbers stand in the order that the network sees.
-        order = "RGB" if flipped[2] == "True" else "BGR"
-        said["pixels"] = Pixels.from_detectron2(order, mean, std)
-    return said
+def _read_openmmlab(text: str, path: Path) -> dict[str, Any]:
+    """Read pixels and stride in the config that OpenMMLab's checkpoints carry as Python text.
+
+    Raises:
+        UserError: it holds several, as of a student and its teacher.
+    """
+    parts = list(_dictionaries(text))
+    styles = {part["style"] == "caffe" for part in parts if part.get("style") in STYLES}
+    pixels = {found for part in parts if (found := _openmmlab_pixels(part))}
+    for name, values, flag in (
+        ("styles", styles, "--stride-in-1x1"),
+        ("pixels", pixels, "--pixels"),
+    ):
+        if len(values) > 1:
+            raise UserError(
+                f"checkpoint {path}: the config inside names {len(values)} {name}; say which "
+                f"holds, with {flag}"
+            )
+    return {
+        "stride_in_1x1": next(iter(styles), None),
+        "pixels": next(iter(pixels), None),
+    }
 
 
-def _numbers(name: str, text: str) -> list[float]:
-    match = re.search(rf"\b{name}\s*=\s*[\[(]([\d.,\s]+)[\])]", text)
-    numbers = [float(n) for n in re.findall(r"\d+(?:\.\d*)?|\.\d+", match[1])] if match else []
-    return numbers if len(numbers) == 3 else []
+def _dictionaries(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the plain entries of every `dict(...)` and `{...}` in Python text; nothing is run."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    for node in nodes:
+        pairs: list[tuple[Any, ast.expr]] = []
+        if isinstance(node, ast.Call):
+            pairs = [(word.arg, word.value) for word in node.keywords]
+        elif isinstance(node, ast.Dict):
+            keys = (getattr(key, "value", None) for key in node.keys)
+            pairs = list(zip(keys, node.values, strict=True))
+        found = {}
+        for key, value in pairs:
+            with contextlib.suppress(ValueError, TypeError, SyntaxError):
+                found[key] = ast.literal_eval(value)
+        yield found
 
 
-def _beside(found: Recognised, path: Path) -> dict[str, Any]:
+def _openmmlab_pixels(part: Mapping[str, Any]) -> Pixels | None:
+    """Return the pixels of a dictionary that has them; images are read as BGR and may be turned."""
+    turned = part.get("bgr_to_rgb", part.get("to_rgb"))
+    mean, std = part.get("mean"), part.get("std")
+    if not isinstance(turned, bool) or not (_is_three(mean) and _is_three(std)):
+        return None
+    # Their numbers stand in the order that the network sees, on the scale 0..255.
+    pixels = Pixels.from_detectron2("RGB" if turned else "BGR", mean, std)
+    return pixels if plausible(pixels.mean, pixels.std) and max(mean) > 1 else None
+
+
+def _is_three(values: Any) -> TypeGuard[Sequence[float]]:
+    return (
+        isinstance(values, Sequence)
+        and len(values) == 3
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    )
+
+
+def sidecars(dialect: str, path: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of the configs beside a file that its facts depend on."""
+    names = [PREPROCESSOR, "config.json"] if dialect == "huggingface" else []
+    names += ["config.yaml"] if dialect in NO_GUESS else []
+    found = (path.with_name(name) for name in names)
+    return {file.name: sha256(file) for file in found if file.is_file()}
+
+
+def _beside(dialect: str, path: Path) -> dict[str, Any]:
     """Read the config that training or publishing leaves in the checkpoint's folder."""
-    if found.dialect in NO_GUESS:
+    if dialect in NO_GUESS:
         return _read_detectron2(path.with_name("config.yaml"))
-    if found.dialect == "huggingface":
+    if dialect == "huggingface":
         return _read_huggingface(path)
     return {}
 
@@ -230,16 +307,36 @@ def _read_detectron2(path: Path) -> dict[str, Any]:
 
 
 def _read_huggingface(path: Path) -> dict[str, Any]:
+    """Read what transformers writes beside its weights.
+
+    Raises:
+        UserError: it describes a network that is no plain ResNet, or pixels that are none.
+    """
     said: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "config.json"):
-        try:
-            text = path.with_name(name).read_text(encoding="utf-8")
-            config = json.loads(text)
-        except (OSError, ValueError):
-            continue
-        if "image_mean" in config and "image_std" in config:
-            mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-            said["pixels"] = Pixels("RGB", mean, std)
-        if "downsample_in_bottleneck" in config:
-            said["stride_in_1x1"] = bool(config["downsample_in_bottleneck"])
+    model, images = (_read_json(path.with_name(n)) for n in ("config.json", PREPROCESSOR))
+    if model.get("downsample_in_first_stage") or model.get("hidden_act", "relu") != "relu":
+        raise UserError(
+            f"{path.with_name('config.json')}: asks for downsample_in_first_stage or an activation "
+            "other than relu; want a plain ResNet"
+        )
+    if "downsample_in_bottleneck" in model:
+        said["stride_in_1x1"] = bool(model["downsample_in_bottleneck"])
+    if images.get("do_normalize") is False:
+        said["pixels"] = UNIT_PIXELS
+    elif "image_mean" in images and "image_std" in images:
+        mean, std = images["image_mean"], images["image_std"]
+        if not (_is_three(mean) and _is_three(std) and plausible(mean, std)):
+            raise UserError(
+                f"{path.with_name(PREPROCESSOR)}: image_mean {mean} and image_std {std} are no "
+                "statistics of images; say --pixels"
+            )
+        said["pixels"] = Pixels("RGB", tuple(mean), tuple(std))
     return said
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

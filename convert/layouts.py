@@ -7,6 +7,7 @@ a layout is adding an entry here and an origin in the tests.
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,16 +18,24 @@ import torch
 from torch import Tensor
 
 from convert.errors import UserError
-from convert.names import find_backbones
+from convert.names import find_backbones, strays
 from convert.pixels import IMAGENET_PIXELS, UNIT_PIXELS, Pixels
-from convert.reading import Placeholder
+from convert.reading import PickledArray, Placeholder
 from convert.resnets import CIFAR_PAD2_STEM, CIFAR_STEM
 
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")
+WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_forward_module",
+    "_checkpoint_wrapped_module",
+)
 # Containers whose name tells the branch; what they hold keeps the name before its own.
-EMA_CONTAINERS = ("model_ema", "ema_state_dict", "state_dict_ema")
+EMA_CONTAINERS = ("model_ema", "ema", "ema_state_dict", "state_dict_ema")
 BRANCH_CONTAINERS = ("teacher", "student", *EMA_CONTAINERS)
-NO_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loops|hyper_parameters|^amp$|^opt$|^args$")
+NO_WEIGHTS = re.compile(
+    r"(optim(izer)?(_\w+)?|opt|\w*schedulers?|\w*scaler|callbacks|loops|hyper_parameters|amp|args)$"
+)
 DEEPEST = 8  # containers; VISSL's files have five
 
 Roots = tuple[str, ...]
@@ -70,6 +79,10 @@ def _fixed(
 
 _QK: Mapping[str, Roots] = {"query": ("encoder_q.",), "key": ("encoder_k.", "encoder_t.")}
 _ENCODER: Mapping[str, Roots] = {"query": ("encoder.",), "key": ("encoder_k.",)}
+_TEACHER: Mapping[str, Roots] = {
+    "teacher": ("teacher/backbone.", "teacher/"),
+    "student": ("student/backbone.", "student/"),
+}
 _BACKBONE: Mapping[str, Roots] = {"query": ("backbone.",)}
 
 LAYOUTS = (
@@ -95,15 +108,15 @@ LAYOUTS = (
         "solo-learn",
         "a method of solo-learn",
         {"query": ("encoder.",), "key": ("momentum_encoder.",)},
-        (r"^(classifier|projector)\.",),
+        (r"^(classifier|projector)\.", "^pytorch-lightning_version$"),
         cifar_stem=CIFAR_PAD2_STEM,
     ),
-    _fixed("simsiam", "SimSiam", {"query": ("encoder.",)}, r"^predictor\."),
-    _fixed(
+    _fixed("simsiam", "SimSiam", {"query": ("encoder.",)}, r"^predictor\.", r"^encoder\.fc\.\d"),
+    Layout(
         "pycontrast",
         "InsDis, PIRL, InfoMin or MoCo of PyContrast, or SupCon",
         {"query": ("encoder.",)},
-        r"^head(_jig)?\.",
+        (r"^head(_jig)?\.",),
     ),
     # --- DINO
     _fixed(
@@ -169,14 +182,18 @@ LAYOUTS = (
         (r"^(teacher_backbone|projection_head|prediction_head|online_classifier|criterion)\.",),
     ),
     _fixed("barlow-vicreg", "VICRegL", _BACKBONE, r"^maps_projector\."),
-    _fixed(
-        "barlow-vicreg", "Barlow Twins or VICReg", _BACKBONE, r"^projector\.", lacks=("^class",)
+    Layout(
+        "barlow-vicreg",
+        "Barlow Twins, VICReg or one named like them",
+        _BACKBONE,
+        (r"^projector\.",),
+        ("^class", "^predictor", "^pytorch-lightning_version$"),
     ),
     Layout(
         "solo-learn",
         "a method of solo-learn",
         {"query": ("backbone.",), "key": ("momentum_backbone.",)},
-        (r"^(classifier|projector|momentum_\w+)\.",),
+        (r"^(classifier|projector|momentum_\w+)\.", "^pytorch-lightning_version$"),
         cifar_stem=CIFAR_PAD2_STEM,
     ),
     # --- flat, or in a dialect of its own
@@ -188,7 +205,13 @@ LAYOUTS = (
             "key": ("moco_encoder.trunk._feature_blocks.",),
         },
     ),
-    _fixed("swav", "SwAV, DeepCluster v2 or SeLa v2", {"query": ("",)}, "^(projection_head|proto)"),
+    _fixed(
+        "swav",
+        "SwAV, DeepCluster v2 or SeLa v2",
+        {"query": ("",)},
+        r"^prototypes\.(prototypes\d+\.)?weight$",
+        r"^projection_head\.",
+    ),
     Layout(
         "huggingface",
         "a ResNet of transformers",
@@ -226,10 +249,12 @@ class Candidate:
         root: where it stands, wrappers and neutral containers stripped.
         weights: torchvision's names -> tensors.
         names: where each stands in the flattened file.
+        where: its containers and its root, for error lines.
     """
 
     dialect: str
     root: str
+    where: str
     weights: dict[str, Tensor]
     names: dict[str, str]
 
@@ -318,24 +343,39 @@ def _flatten(values: Any, where: str) -> dict[tuple[str, ...], dict[str, Tensor]
 
 
 def _leaves(
-    values: Mapping[Any, Any], path: tuple[str, ...]
+    values: Mapping[Any, Any], path: tuple[str, ...], seen: set[int] | None = None
 ) -> Iterator[tuple[tuple[str, ...], str, Tensor]]:
+    """Yield every tensor in a nest, each container once however often it is referred to."""
+    seen = set() if seen is None else seen
+    if id(values) in seen:
+        return
+    seen.add(id(values))
     for key, value in values.items():
-        name = str(key)
+        name = key if isinstance(key, str) else repr(type(key))
         if isinstance(value, Tensor):
             yield path, name, value
-        elif isinstance(value, np.ndarray):
-            if value.dtype.kind in "fiu":
-                yield path, name, torch.from_numpy(np.array(value, copy=None))
-        elif isinstance(value, Mapping) and len(path) < DEEPEST and not NO_WEIGHTS.search(name):
-            yield from _leaves(value, (*path, name))
+        elif isinstance(value, np.ndarray | PickledArray):
+            array = np.asarray(value)
+            if array.dtype.kind in "fiu" and array.dtype.itemsize <= 8:
+                yield path, name, _from_numpy(array)
+        elif isinstance(value, Mapping) and len(path) < DEEPEST and not NO_WEIGHTS.match(name):
+            yield from _leaves(value, (*path, name), seen)
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    """Wrap an array without copying it; it is only read, so that it need not be writable."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _keys(values: Mapping[Any, Any]) -> list[str]:
     """Return what else may tell a layout: the file's own keys, and those of its `meta`."""
     meta = values.get("meta")
-    below = [f"meta.{key}" for key in meta] if isinstance(meta, Mapping) else []
-    return [*map(str, values), *below]
+    below = (
+        [f"meta.{key}" for key in meta if isinstance(key, str)] if isinstance(meta, Mapping) else []
+    )
+    return [*(key for key in values if isinstance(key, str)), *below]
 
 
 def _unwrap(name: str) -> str:
@@ -368,10 +408,22 @@ def _candidates(states: Mapping[tuple[str, ...], dict[str, Tensor]], where: str)
                     f"{where}: has blocks with other parts than a ResNet's, such as selective "
                     f"kernels, at '{root}' (first '{first}'); want a plain ResNet"
                 )
+            stray = next(strays(state, root, dialect), None)
+            if stray is not None:
+                raise UserError(
+                    f"{where}: has a part in its blocks that a ResNet has not, '{stray}' "
+                    "(squeeze-and-excitation, a deformable convolution); want a plain ResNet"
+                )
             weights = {short: state[name] for short, name in names.items()}
             place = _place(path) + root
             found.append(
-                Candidate(dialect, place, weights, {k: _place(path) + v for k, v in names.items()})
+                Candidate(
+                    dialect,
+                    place,
+                    "".join(f"{part}/" for part in path) + root,
+                    weights,
+                    {k: _place(path) + v for k, v in names.items()},
+                )
             )
     return found
 
@@ -470,4 +522,4 @@ def _recognised(
 
 
 def _listed(candidates: list[Candidate]) -> str:
-    return " and ".join(f"'{candidate.root or 'the top'}'" for candidate in candidates)
+    return " and ".join(f"'{candidate.where or 'the top'}'" for candidate in candidates)

@@ -259,3 +259,16 @@ def find_backbones(names: Iterable[str]) -> Iterator[tuple[str, str, dict[str, s
             if (dialect.name, root) not in seen:  # a Sequential's second stage is not its first
                 seen.add((dialect.name, root))
                 yield dialect.name, root, dialect.translate(names, root)
+
+
+def strays(names: Iterable[str], root: str, dialect: str) -> Iterator[str]:
+    """Yield what stands inside a backbone's blocks and is no part of a ResNet's.
+
+    Caffe2 writes each blob's momentum beside it.
+    """
+    rename = {one.name: one.rename for one in DIALECTS}[dialect]
+    for name in names:
+        if name.startswith(root) and not name.endswith("_momentum"):
+            short = rename(name.removeprefix(root))
+            if re.match(r"layer[1-4]\.\d+\.", short) and not is_backbone_name(short):
+                yield name

@@ -54,6 +54,12 @@ CAFFE_PIXELS = Pixels.from_detectron2("BGR", (103.53, 116.28, 123.675), (1.0, 1.
 PRESETS = {"imagenet": IMAGENET_PIXELS, "unit": UNIT_PIXELS, "caffe": CAFFE_PIXELS}
 
 
+def plausible(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Tell whether numbers can be the statistics of images on the scale 0..1."""
+    three = len(mean) == len(std) == 3
+    return three and all(0 <= value <= 1 for value in mean) and all(0 < v <= 1 for v in std)
+
+
 def parse_pixels(text: str) -> Pixels:
     """Read what `--pixels` says: a preset, or `RGB:0.485,0.456,0.406:0.229,0.224,0.225`.
 
@@ -67,7 +73,7 @@ def parse_pixels(text: str) -> Pixels:
     try:
         order, *values = text.split(":")
         mean, std = (tuple(float(number) for number in part.split(",")) for part in values)
-        if order in ORDERS and len(mean) == len(std) == 3 and min(std) > 0:
+        if order in ORDERS and plausible(mean, std):
             return Pixels(order, mean, std)
     except ValueError:
         pass

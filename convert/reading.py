@@ -8,12 +8,12 @@ beside the weights) a second one builds tensors, arrays and containers, and puts
 """
 
 import codecs
-import collections
 import errno
 import gzip
 import io
 import pickle
-import tarfile
+import re
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class Placeholder:
     def _ignore(self, *_: object) -> None:
         pass
 
-    __setstate__ = __setitem__ = append = extend = add = update = _ignore
+    __setitem__ = append = extend = add = update = _ignore
 
 
 def read_file(path: Path) -> Content:
@@ -95,8 +95,11 @@ def check_file(path: Path) -> None:
         UserError: there is no file, or not one to read.
     """
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise UserError(f"checkpoint {path}: is a folder; name the file in it")
+        if not stat.S_ISREG(mode):
+            raise UserError(f"checkpoint {path}: is a device or a pipe; want a file")
         with path.open("rb") as file:
             empty = not file.read(1)
     except FileNotFoundError as error:
@@ -126,8 +129,8 @@ def _read(path: Path, where: str, *, mapped: bool) -> Content:
     with path.open("rb") as file:
         head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
-        _check_zip(path, where)
-        return Content(_read_torch(path, where, mapped=mapped))
+        stored = _check_zip(path, where)
+        return Content(_read_torch(path, where, mapped=mapped and stored))
     if head.startswith(_LEGACY_MAGIC):
         return Content(_read_torch(path, where, mapped=False))
     if head[8:9] == b"{":
@@ -145,7 +148,7 @@ def _refuse_others(path: Path, where: str, head: bytes) -> None:
         )
     if text.startswith(b"version https://git-lfs"):
         raise UserError(f"{where}: is a pointer of Git LFS; fetch the file itself: git lfs pull")
-    if tarfile.is_tarfile(path):
+    if head[257:262] == b"ustar":
         raise UserError(
             f"{where}: is a tar archive, as torch wrote before 2018 or as folders are packed; "
             "unpack it, or save the weights anew with a current torch"
@@ -162,8 +165,12 @@ def _refuse_others(path: Path, where: str, head: bytes) -> None:
 # --- torch.save -----------------------------------------------------------------------------------
 
 
-def _check_zip(path: Path, where: str) -> None:
-    """Refuse what is no checkpoint, or would grow, before torch unpacks it."""
+def _check_zip(path: Path, where: str) -> bool:
+    """Refuse what is no checkpoint, or would grow, before torch unpacks it.
+
+    Returns:
+        Whether nothing in it is compressed, so that it can be mapped.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -179,6 +186,7 @@ def _check_zip(path: Path, where: str) -> None:
         first = ", ".join(f"'{entry.filename}'" for entry in entries[:3])
         raise UserError(f"{where}: is a zip archive of {first or 'nothing'}, and no checkpoint")
     _check_growth(sum(entry.file_size for entry in entries), path, where)
+    return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
 def _check_growth(size: int, path: Path, where: str) -> None:
@@ -210,8 +218,18 @@ def _read_torch(path: Path, where: str, *, mapped: bool) -> Any:
 # --- pickles --------------------------------------------------------------------------------------
 
 
-class InertUnpickler(pickle.Unpickler):
-    """Builds numbers, strings, containers, arrays and tensors; everything else is a placeholder."""
+_PureUnpickler: Any = pickle._Unpickler  # C's memo is an array, as long as a pickle says
+
+
+class InertUnpickler(_PureUnpickler):
+    """Builds numbers, strings, containers, arrays and tensors; everything else is a placeholder.
+
+    What a pickle may call is one of the builders below, and what it may change afterwards (BUILD)
+    is an array, its type or a dictionary of ours: NumPy's and torch's own objects trust a state
+    that they are given.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_PureUnpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the builder of that name, from a closed list, or a class of placeholders."""
@@ -222,19 +240,114 @@ class InertUnpickler(pickle.Unpickler):
             return known
         return type("Placeholder", (Placeholder,), {"origin": f"{module}.{name}"})
 
+    def load_build(self) -> None:
+        """Hand a state to an object that checks it; any other object goes without."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], (PickledArray, _Type, _Ordered)):
+            self.stack[-1].take(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let torch's loader give storages; its older form would write source files beside."""
+        super().__setattr__(name, _storages_only(value) if name == "persistent_load" else value)
+
+
+def _storages_only(load: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def persistent_load(saved: Any) -> Any:
+        if not isinstance(saved, tuple) or not saved or saved[0] not in ("storage", b"storage"):
+            raise pickle.UnpicklingError("it refers to something that is no storage")
+        return load(saved)
+
+    return persistent_load
+
+
+class _Ordered(dict[Any, Any]):
+    """An OrderedDict that keeps the one attribute that state dicts have."""
+
+    __slots__ = ("_metadata",)
+
+    def take(self, state: Any) -> None:
+        if isinstance(state, dict) and isinstance(state.get("_metadata"), dict):
+            self._metadata = state["_metadata"]
+
+
+class _Type:
+    """A NumPy type of numbers or characters; `plain` is None for any other, as of objects."""
+
+    __slots__ = ("plain",)
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        known = isinstance(code, str) and re.fullmatch(
+            r"[<>|=]?[?bBhHiIlLqQefdgFD]|[biufcSU]\d+", code
+        )
+        self.plain: np.dtype | None = np.dtype(code) if known else None
+
+    def take(self, state: Any) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        rest = [part for part in state[2:5] if part is not None] if order else [state]
+        if self.plain is not None and order in ("<", ">", "=", "|") and not rest:
+            self.plain = self.plain.newbyteorder(order)
+        else:
+            self.plain = None
+
+
+class PickledArray:
+    """A NumPy array in a pickle.
+
+    Attributes:
+        array: its values; empty where they are not plain numbers or characters.
+    """
+
+    __slots__ = ("array",)
+
+    def __init__(self, *_: Any) -> None:
+        self.array = np.empty(0, np.uint8)
+
+    def take(self, state: Any) -> None:
+        """Take the shape and the values that NumPy wrote, if they fit each other."""
+        _, shape, kind, fortran, data = state
+        if not isinstance(kind, _Type) or kind.plain is None:
+            return
+        raw = data.encode("latin1") if isinstance(data, str) else data
+        if isinstance(raw, bytes):
+            order: Any = "F" if fortran else "C"
+            self.array = np.frombuffer(raw, kind.plain).reshape(shape, order=order)
+
+    def __array__(self, *options: Any, **named: Any) -> np.ndarray:
+        """Return the values, as NumPy asks for them."""
+        return np.asarray(self.array, *options)
+
+
+def _sealed(build: Callable[..., Any]) -> Any:
+    """Wrap a builder so that a pickle can call it, and do nothing else with it."""
+
+    class Builder:
+        __slots__ = ()
+
+        def __call__(self, *arguments: Any) -> Any:
+            return build(*arguments)
+
+    return Builder()
+
 
 def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     """Build a tensor on a storage that is large enough for it; torch itself would enlarge it."""
     untyped, dtype = storage._untyped_storage, storage.dtype
     size, stride = tuple(size), tuple(stride)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= storage._size()):
+    held = untyped.nbytes() // dtype.itemsize
+    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= held):
         raise pickle.UnpicklingError(f"a tensor of {size} does not fit into its storage")
     return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride)
 
 
 def _rebuild_parameter(tensor: Tensor, *_: Any) -> Tensor:
     return tensor
+
+
+def _rebuild_with_attributes(build: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    return build(*arguments)
 
 
 def _load_bytes(data: bytes) -> Any:
@@ -244,20 +357,16 @@ def _load_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def _rebuild_array(kind: Any, shape: tuple[int, ...], code: Any) -> np.ndarray:
-    """Begin an array, empty, as NumPy's pickles do; its state brings shape and values."""
-    return np.empty(0, np.uint8)
-
-
-def _scalar(dtype: np.dtype, data: Any = b"") -> Any:
+def _scalar(kind: Any, data: Any = b"") -> Any:
     raw = data.encode("latin1") if isinstance(data, str) else data
-    return np.frombuffer(raw, dtype)[0] if isinstance(raw, bytes) and not dtype.hasobject else None
+    plain = kind.plain if isinstance(kind, _Type) else None
+    return None if plain is None or not isinstance(raw, bytes) else np.frombuffer(raw, plain)[0]
 
 
-def _from_buffer(data: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    if dtype.hasobject:
-        raise pickle.UnpicklingError("an array of Python objects")
-    return np.frombuffer(data, dtype).reshape(shape, order=order)  # type: ignore[call-overload,no-any-return]
+def _from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> PickledArray:
+    found = PickledArray()
+    found.take((1, shape, kind, order == "F", bytes(data)))
+    return found
 
 
 def _encode(text: str, codec: str = "latin1") -> bytes:
@@ -267,26 +376,27 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _default_dict(*_: Any) -> collections.defaultdict:
-    return collections.defaultdict()
+def _default_dict(*_: Any) -> dict[Any, Any]:
+    return {}
 
 
-_BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): _default_dict,
-    ("torch", "Size"): torch.Size,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-    ("torch.storage", "_load_from_bytes"): _load_bytes,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _rebuild_array,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("_codecs", "encode"): _encode,
+_BUILDERS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _sealed(_Ordered),
+    ("collections", "defaultdict"): _sealed(_default_dict),
+    ("torch", "Size"): _sealed(tuple),
+    ("torch._utils", "_rebuild_tensor"): _sealed(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _sealed(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _sealed(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _sealed(_rebuild_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): _sealed(_rebuild_with_attributes),
+    ("torch.storage", "_load_from_bytes"): _sealed(_load_bytes),
+    ("numpy", "dtype"): _sealed(_Type),
+    ("numpy.core.multiarray", "_reconstruct"): _sealed(PickledArray),
+    ("numpy.core.multiarray", "scalar"): _sealed(_scalar),
+    ("numpy.core.numeric", "_frombuffer"): _sealed(_from_buffer),
+    ("_codecs", "encode"): _sealed(_encode),
     **{
-        (module, name): kind
+        (module, name): _sealed(kind)
         for module in ("builtins", "__builtin__")
         for name, kind in (("set", set), ("frozenset", frozenset), ("complex", complex))
     },

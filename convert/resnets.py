@@ -159,14 +159,18 @@ def recognise_arch(weights: Mapping[str, Tensor], where: str) -> tuple[str, str]
     Raises:
         UserError: it is none of them.
     """
-    found = _signature(weights)
+    for name in ("conv1.weight", "layer1.0.conv1.weight", "layer1.0.conv2.weight"):
+        if name not in weights or weights[name].dim() != 4:
+            found = f"the shape {tuple(weights[name].shape)}" if name in weights else "no tensor"
+            raise UserError(f"{where}: '{name}' has {found}, want a convolution of four dimensions")
+    signature = _signature(weights)
     for name, shape in ARCHS.items():
         width = shape.width_per_group * shape.groups * shape.widen
         wanted = (shape.bottleneck, shape.blocks, 64 * shape.widen, width, shape.groups)
-        if found == wanted:
+        if signature == wanted:
             stem = tuple(weights["conv1.weight"].shape[1:])
             return name, CIFAR_STEM if stem == (3, 3, 3) else IMAGENET_STEM
-    bottleneck, blocks, stem_out, width, groups = found
+    bottleneck, blocks, stem_out, width, groups = signature
     kind = "bottleneck" if bottleneck else "basic"
     raise UserError(
         f"{where}: found {kind} blocks {blocks} in its four stages, a stem of {stem_out} channels, "

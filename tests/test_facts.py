@@ -1,6 +1,7 @@
 """What is known of a backbone is told from what is given and what is assumed."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -198,6 +199,152 @@ def test_a_full_disk_ends_in_one_line_and_no_output(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a\.pkl: the disk is full; nothing was written"):
         convert(tmp_path / "a.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def flat(**changes):
+    return {**random_backbone("resnet18", 0).weights, **changes}
+
+
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        ({"layer2.0.se.fc1.weight": torch.ones(2, 2, 1, 1)}, "a part in its blocks"),
+        ({"layer2.0.conv2.conv_offset.weight": torch.ones(1)}, "a part in its blocks"),
+        ({"conv1.weight": torch.ones(64, 3, 7, 7, dtype=torch.int8)}, "no dense floating"),
+        ({"conv1.weight": torch.ones(64, 3, 7, 7) * 1j}, "no dense floating"),
+        ({"bn1.weight": torch.ones(64).to_sparse()}, "no dense floating"),
+        ({"bn1.running_var": -torch.ones(64)}, "a variance below 0"),
+        ({"bn1.bias": torch.full((64,), 1e300, dtype=torch.float64)}, "infinity"),
+        ({"conv1.weight": torch.tensor(1.0)}, "want a convolution of four dimensions"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_what_no_resnet_has_is_refused(tmp_path, beside, words):
+    torch.save(flat(**beside), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=words) as caught:
+        load_backbone(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_facts_are_not_taken_for_those_of_other_weights(tmp_path, monkeypatch, moco_v2_file):
+    from convert.export import export
+
+    monkeypatch.chdir(tmp_path)
+    export(moco_v2_file, tmp_path / "a.pth")
+    assert load_backbone(tmp_path / "a.pth").facts.sources == KNOWN
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    state["conv1.weight"] += 1
+    torch.save(state, tmp_path / "b.pth")
+    facts = load_backbone(tmp_path / "b.pth").facts
+    assert (facts.name, facts.method) == ("b.pth", "unknown")
+    assert facts.sources["pixels"] == "assumed"
+
+
+def test_damaged_facts_are_none(tmp_path):
+    state = torch.nn.Module().state_dict() | flat()
+    for beside in (None, [], {"moco_transfer": "{"}, {"moco_transfer": "{}"}):
+        state._metadata = beside
+        torch.save(state, tmp_path / "a.pth")
+        assert load_backbone(tmp_path / "a.pth").facts.layout == "torchvision"
+
+
+def test_a_stem_of_cifar_is_not_said_to_want_imagenets_pixels(tmp_path):
+    state = {f"encoder_q.{name}": tensor for name, tensor in flat().items()}
+    state |= {"queue": torch.ones(2, 2), "encoder_q.conv1.weight": torch.ones(64, 3, 3, 3)}
+    torch.save(state, tmp_path / "a.pth")
+    facts = load_backbone(tmp_path / "a.pth").facts
+    assert (facts.layout, facts.stem) == ("moco", "cifar")
+    assert facts.sources["pixels"] == "assumed"
+
+
+@pytest.mark.parametrize("head", ["projector.0.weight", "classifier.weight", "head.weight"])
+def test_names_that_many_use_are_not_said_to_fix_anything(tmp_path, head):
+    state = {f"backbone.{name}": tensor for name, tensor in flat().items()}
+    torch.save(state | {head: torch.ones(2, 2)}, tmp_path / "a.pth")
+    facts = load_backbone(tmp_path / "a.pth").facts
+    assert facts.sources == {"pixels": "assumed", "stride_in_1x1": "assumed"}
+
+
+MM_STATE = {"rpn_head.conv.weight": torch.zeros(1)}
+
+
+def mm_file(path, text):
+    state = {f"backbone.{name}": tensor for name, tensor in flat().items()} | MM_STATE
+    torch.save({"meta": {"cfg": text}, "state_dict": state}, path)
+    return path
+
+
+def test_a_comment_in_openmmlabs_config_says_nothing(tmp_path):
+    text = "# style='caffe'\n# img_norm_cfg = dict(mean=[1, 2, 3], std=[1, 1, 1], to_rgb=False)\n"
+    facts = load_backbone(mm_file(tmp_path / "a.pth", text + 'b = dict(style="pytorch")')).facts
+    assert not facts.stride_in_1x1
+    assert facts.sources == {"pixels": "assumed", "stride_in_1x1": "known"}
+
+
+def test_a_config_of_two_minds_is_refused_until_told(tmp_path):
+    path = mm_file(tmp_path / "a.pth", "a = dict(style='caffe')\nb = {'style': 'pytorch'}\n")
+    with pytest.raises(UserError, match="names 2 styles; say which holds, with --stride-in-1x1"):
+        load_backbone(path)
+    assert load_backbone(path, stride_in_1x1=False, pixels=UNIT_PIXELS).facts.layout == "mmdet"
+
+
+def test_a_bad_config_beside_can_be_overruled(tmp_path, resnet50):
+    (tmp_path / "config.yaml").write_text("a: 1")
+    path = save_detectron2(tmp_path / "a.pkl", resnet50)
+    facts = load_backbone(path, pixels=CAFFE_PIXELS, stride_in_1x1=True).facts
+    assert facts.sources == {"pixels": "given", "stride_in_1x1": "given"}
+
+
+def test_a_config_that_changes_later_makes_another_conversion(tmp_path, monkeypatch, resnet50):
+    monkeypatch.chdir(tmp_path)
+    beside = tmp_path / "config.yaml"
+    beside.write_text(config_yaml("RGB", [0.0] * 3, [255.0] * 3, False))
+    path = save_detectron2(tmp_path / "a.pkl", resnet50)
+    convert(path, tmp_path / "b.pkl")
+    assert convert(path, tmp_path / "b.pkl")["already"]
+    beside.write_text(config_yaml("BGR", [0.0] * 3, [255.0] * 3, False))
+    with pytest.raises(UserError, match="came from something else"):
+        convert(path, tmp_path / "b.pkl")
+
+
+def test_nothing_that_stands_there_is_destroyed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_resnet18(tmp_path / "a.pkl")
+    before = path.read_bytes()
+    (tmp_path / "folder.pkl").mkdir()
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/weights.pkl").write_text("precious")
+    os.mkfifo(tmp_path / "pipe.pkl")
+    for name, words in {
+        "a.pkl": "is the checkpoint itself",
+        "folder.pkl": "is no file that could be replaced",
+        "pipe.pkl": "is no file that could be replaced",
+        "a.yaml": "only if its name ends in .pkl",
+        "b.pkl": r"output/weights.pkl: is a file of its own and was left alone",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            convert(path, tmp_path / name, force=True)
+    assert path.read_bytes() == before
+    assert (tmp_path / "output/weights.pkl").read_text() == "precious"
+
+
+def test_settings_follow_a_conversion_that_was_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_resnet18(tmp_path / "a.pth")
+    convert(path, tmp_path / "one/a.pkl")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert convert(path, tmp_path / "two/a.pkl")["already"]
+    settings = yaml.safe_load((tmp_path / "two/a.yaml").read_text())
+    assert settings["MODEL"]["WEIGHTS"] == str(tmp_path / "two/a.pkl")
+
+
+def test_a_name_in_a_file_cannot_steer_the_terminal(tmp_path, script):
+    evil = "evil\x1b[2J\nname.weight"
+    torch.save({"state_dict": {evil: torch.ones(1)}}, tmp_path / "a.pth")
+    done = script("convert/to_detectron2.py", "a.pth", "--describe")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "\x1b" not in done.stderr
 
 
 @pytest.mark.slow

@@ -169,6 +169,34 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
         read_file(tmp_path / "a.pkl")
 
 
+def test_a_state_is_handed_to_nothing_that_trusts_it(tmp_path):
+    """NumPy's types and arrays read memory at places that a hostile state names."""
+    numpy_type = b"cnumpy\ndtype\n(VV8\nI0\nI1\ntR"
+    fields = b"(I3\nV|\nN(Vf\nt}Vf\n(cnumpy\ndtype\n(VO\nI0\nI1\ntRI0\ntsI8\nI1\nI0\ntb"
+    scalar = b"cnumpy.core.multiarray\nscalar\n(" + numpy_type + fields + b"C\x08AAAAAAAAtR"
+    (tmp_path / "void.pkl").write_bytes(b"\x80\x03}(" + scalar + b"I1\nu.")
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntVb\ntR"
+    state = b"(I1\n(I1000000\ntcnumpy\ndtype\n(VO\ntRI00\n]tb"
+    (tmp_path / "oob.pkl").write_bytes(b"\x80\x02}(Va\n" + array + state + b"u.")
+    assert read_file(tmp_path / "void.pkl").values == {None: 1}
+    assert np.asarray(read_file(tmp_path / "oob.pkl").values["a"]).size == 0
+
+
+def test_a_builder_cannot_be_changed_and_nothing_but_storages_is_fetched(tmp_path, monkeypatch):
+    """torch's older loader writes the source of a module that a file names, if told to."""
+    monkeypatch.chdir(tmp_path)
+    save_legacy(tmp_path / "whole.pth", {})
+    whole = (tmp_path / "whole.pth").read_bytes()
+    builder = b"ctorch._utils\n_rebuild_parameter\n"
+    change = b"}(Vdump_patches\nI01\nV__name__\nVevil\nub"
+    stolen = b"(Vmodule\n" + builder + change + b"Va.py\nVnew\ntQ."
+    hostile = whole[: whole.rindex(b"\x80\x02}")] + b"\x80\x02" + stolen
+    (tmp_path / "a.pth").write_bytes(hostile)
+    with pytest.raises(UserError, match="it refers to something that is no storage"):
+        read_file(tmp_path / "a.pth")
+    assert not list(tmp_path.glob("*.patch"))
+
+
 # --- nothing grows --------------------------------------------------------------------------------
 
 
@@ -193,6 +221,38 @@ def test_an_oversized_header_of_safetensors_is_refused(tmp_path):
     path.write_bytes(struct.pack("<Q", 1 << 60) + b'{"a": 1}')
     with pytest.raises(UserError, match="its header claims"):
         read_file(path)
+
+
+def test_a_memo_as_long_as_a_pickle_says_is_not_made(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
+    assert read_file(tmp_path / "a.pkl").values == {}
+
+
+def test_a_container_that_is_many_times_in_a_file_is_looked_at_once(tmp_path):
+    nest = {"w": torch.ones(1)}
+    for _ in range(9):
+        nest = {str(number): nest for number in range(60)}
+    save_pickle(tmp_path / "a.pkl", nest)
+    with pytest.raises(UserError, match="holds no ResNet"):
+        load_backbone(tmp_path / "a.pkl")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(UserError, match="is a device or a pipe; want a file"):
+        read_file(tmp_path / "a.pth")
+
+
+def test_a_checkpoint_that_was_zipped_anew_is_read(tmp_path):
+    write_resnet18(tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as old,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    first, second = (load_backbone(tmp_path / name).weights for name in ("a.pth", "b.pth"))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
 # --- what is no checkpoint ------------------------------------------------------------------------

@@ -131,7 +131,18 @@ def test_bgr_statistics_are_turned_for_detectron2():
     }
 
 
-@pytest.mark.parametrize("text", ["rgb", "RGB:1,2:3,4,5", "RGB:0,0,0:0,0,0", "RGB:a,b,c:1,1,1", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rgb",
+        "RGB:1,2:3,4,5",
+        "RGB:0,0,0:0,0,0",
+        "RGB:a,b,c:1,1,1",
+        "",
+        "RGB:nan,0,0:1,1,1",
+        "RGB:123,116,103:58,57,57",
+    ],
+)
 def test_pixels_that_are_none_are_refused(text):
     with pytest.raises(UserError, match="want imagenet, unit, caffe, or ORDER:MEAN:STD"):
         Options.read(None, text, None)
