@@ -15,10 +15,13 @@ from PIL import Image
 
 from convert.backbone import load_backbone
 from convert.errors import UserError
+from pretrain.checkpoint import find_resume
+from pretrain.checks import check
 from pretrain.config import PretrainConfig
-from pretrain.loop import check, learning_rate, train
-from pretrain.main_moco import read_config
+from pretrain.flags import read_command
+from pretrain.loop import train
 from pretrain.monitor import read_log
+from pretrain.schedule import learning_rate
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
 
@@ -40,8 +43,17 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def read_config(words):
+    return read_command(words).config
+
+
+def go_on(config, images, folder):
+    """Train from the folder's newest checkpoint."""
+    return train(config, images, folder, resume=find_resume("auto", folder), quiet=True)
+
+
 def small_config(pictures, **changes):
-    config = replace(read_config([str(pictures), *SMALL])[0], print_freq=1, workers=0, **changes)
+    config = replace(read_config([str(pictures), *SMALL]), print_freq=1, workers=0, **changes)
     return check(config, 40)
 
 
@@ -102,7 +114,7 @@ def test_resume_equals_not_stopping(pictures, tmp_path):
     whole = train(config, images, tmp_path / "whole", quiet=True)
     for steps in (1, 3, 4, 0):  # in the middle of an epoch too; 0: to the end
         part = replace(config, max_steps=steps)
-        last = train(part, images, tmp_path / "parts", resume="auto", quiet=True)
+        last = go_on(part, images, tmp_path / "parts")
     assert whole.name == last.name
     stored = torch.load(whole, weights_only=True)["moco_transfer"]
     assert stored["step"] == 6
@@ -129,7 +141,7 @@ def test_a_changed_config_is_not_resumed(pictures, tmp_path):
     config = small_config(pictures)
     train(replace(config, max_steps=1), images, tmp_path, quiet=True)
     with pytest.raises(UserError, match=r"another config: tau 0.07 -> 0.2, lr|tau 0.07 -> 0.2"):
-        train(replace(config, tau=0.2), images, tmp_path, resume="auto", quiet=True)
+        go_on(replace(config, tau=0.2), images, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(pictures, tmp_path):
@@ -142,20 +154,40 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(pictures,
     content["state_dict"]["module.encoder_q.fc.bias"][0] = float("nan")
     torch.save(content, path)
     with pytest.raises(UserError, match=r"loss is not finite at step 3 \(learning rate 0.03\)"):
-        train(config, images, tmp_path, resume="auto", quiet=True)
+        go_on(config, images, tmp_path)
     assert sorted(tmp_path.glob("checkpoint_*")) == before
 
 
 def test_the_schedules_are_the_references():
-    step = PretrainConfig()
-    rates = [learning_rate(step, epoch) for epoch in (0, 119.9, 120, 159.99, 160, 199)]
-    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
-    cos = PretrainConfig(schedule="cos")
-    assert learning_rate(cos, 0) == 0.03
-    assert learning_rate(cos, 100.5) == pytest.approx(0.015)
-    assert learning_rate(cos, 199.5) == pytest.approx(0.03 * 0.5 * (1 + np.cos(np.pi * 199 / 200)))
-    warm = PretrainConfig(warmup_epochs=5)
-    assert learning_rate(warm, 2.5) == pytest.approx(0.015)
+    def rates(config, epochs):
+        return [learning_rate(config, round(epoch * 100), 100) for epoch in epochs]
+
+    step = rates(PretrainConfig(), (0, 119.99, 120, 159.99, 160, 199))
+    assert step == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+    cos = rates(PretrainConfig(schedule="cos"), (0, 100.5, 199.5))
+    last = 0.03 * 0.5 * (1 + np.cos(np.pi * 199 / 200))
+    assert cos == pytest.approx([0.03, 0.015, last])
+    assert rates(PretrainConfig(warmup_epochs=5), (2.5,)) == pytest.approx([0.015])
+    assert rates(PretrainConfig(warmup_iterations=200), (1, 2)) == pytest.approx([0.015, 0.03])
+
+
+def test_a_cosine_from_1_ends_at_0_as_the_cifar_notebooks():
+    config = PretrainConfig(schedule="cos", cosine_start=1, lr=0.06)
+    assert learning_rate(config, 0, 10) == pytest.approx(0.059996, abs=1e-6)
+    assert learning_rate(config, 1999, 10) == 0
+
+
+def test_schedules_count_iterations_where_asked():
+    instagram = PretrainConfig(
+        schedule="decay", schedule_unit="iterations", gamma=0.9, decay_every=62500, lr=0.12,
+        iterations=1_250_000,
+    )  # fmt: skip
+    rates = [learning_rate(instagram, step, 7) for step in (0, 62499, 62500, 1_249_999)]
+    assert rates == pytest.approx([0.12, 0.12, 0.108, 0.12 * 0.9**19])
+    steps = PretrainConfig(schedule_unit="iterations", milestones=(3, 5), gamma=0.5, lr=1.0)
+    assert [learning_rate(steps, step, 7) for step in (2, 3, 5)] == [1, 0.5, 0.25]
+    cos = PretrainConfig(schedule="cos", schedule_unit="iterations", iterations=100, lr=1.0)
+    assert learning_rate(cos, 50, 7) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -180,15 +212,14 @@ def test_values_out_of_range_are_refused(changes, line):
         check(config, 40)
 
 
-def test_an_arch_that_is_no_resnet_is_refused(pictures, tmp_path):
-    config = small_config(pictures, arch="vgg16")
+def test_an_arch_that_is_no_resnet_is_refused(pictures):
     with pytest.raises(UserError, match="arch 'vgg16': is not a ResNet"):
-        train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
+        small_config(pictures, arch="vgg16")
 
 
 def test_the_references_flags_mean_what_they_meant():
     line = "-a resnet50 --lr 0.03 -b 256 --mlp --moco-t 0.2 --aug-plus --cos -j 32 -p 10 --seed 1"
-    config = read_config([*line.split(), "IMAGENET"])[0]
+    config = read_config([*line.split(), "IMAGENET"])
     want = PretrainConfig(
         data="IMAGENET", mlp=True, tau=0.2, augmentation="v2", schedule="cos", workers=32, seed=1
     )
@@ -196,17 +227,18 @@ def test_the_references_flags_mean_what_they_meant():
     line = (
         "IMAGENET --moco-dim 64 --moco-k 4096 --moco-m 0.9 --schedule 30 40 --wd 0 --momentum 0.8"
     )
-    config = read_config(line.split())[0]
+    config = read_config(line.split())
     assert (config.dim, config.K, config.m) == (64, 4096, 0.9)
     assert (config.milestones, config.weight_decay, config.momentum) == ((30, 40), 0, 0.8)
 
 
 def test_trailing_words_mix_with_flags():
-    assert read_config(["DIR", "--mlp", "tau", "0.3"])[0].tau == 0.3
-    config, name, rest = read_config(["--resume", "tau", "0.3"])
-    assert (config.tau, name, rest["resume"]) == (0.3, "moco_v2_r50_embedded", "auto")
+    assert read_config(["DIR", "--mlp", "tau", "0.3"]).tau == 0.3
+    command = read_command(["--resume", "tau", "0.3"])
+    assert command.config.tau == 0.3
+    assert (command.name, command.resume) == ("moco_v2_r50_embedded", "auto")
     recipe = str(ROOT / "configs/pretrain/moco_v2_r50_embedded.yaml")
-    assert read_config(["--config", recipe, "epochs", "1"])[0].epochs == 1
+    assert read_config(["--config", recipe, "epochs", "1"]).epochs == 1
 
 
 def test_a_folder_and_no_flags_is_v1_and_the_first_lines_say_so(script, pictures):
@@ -250,27 +282,23 @@ def test_a_broken_image_is_named_in_one_line(script, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_a_resume_goes_on(pictures, tmp_path, script, signum):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_to_all_saves_and_leaves_with_its_status(pictures, tmp_path, signum):
     command = [sys.executable, str(ROOT / "pretrain/main_moco.py"), str(pictures), *SMALL]
-    command += ["--epochs", "500", "--output-dir", "out", "-p", "1"]
+    command += ["--epochs", "500", "--output-dir", "out", "-p", "1", "--checkpoint-every", "1000"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     log = tmp_path / "out/log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # the workers that load images too, as a scheduler does
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, errors
     assert "Traceback" not in errors
-    assert list(tmp_path.glob("out/checkpoint_*.pth.tar"))
-    saved = len(read_log(tmp_path / "out"))
-    done = script(
-        "pretrain/main_moco.py", pictures, *SMALL, "--epochs", "500", "--output-dir", "out",
-        "-p", "1", "--resume", "--max-steps", saved + 2,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"at step {saved} of {saved + 2}" in done.stdout
+    (path,) = tmp_path.glob("out/checkpoint_*.pth.tar")
+    step = torch.load(path, weights_only=True)["moco_transfer"]["step"]
+    assert step == read_log(tmp_path / "out")[-1]["step"] >= 3
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(script, pictures):
