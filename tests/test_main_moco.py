@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,8 @@ from pretrain.checkpoint import find_resume
 from pretrain.checks import check
 from pretrain.config import PretrainConfig
 from pretrain.flags import read_command
-from pretrain.loop import train
+from pretrain.loop import init_from, train
+from pretrain.moco import MoCo
 from pretrain.monitor import read_log
 from pretrain.schedule import learning_rate
 from pretrain.sources import image_folder
@@ -199,8 +201,15 @@ def test_schedules_count_iterations_where_asked():
         ({"K": 40}, "the set has 40 images"),
         ({"batch_size": 64, "K": 64}, "the set has 40 images; lower --batch-size"),
         ({"batch_size": 8}, "--leak"),
-        ({"augmentation": "v7"}, "want one of v1, v2"),
-        ({"schedule": "linear"}, "want one of step, cos"),
+        ({"bn_groups": 3}, "batch of 16 on 1 processes in 3 batch norm groups"),
+        ({"bn_groups": 17}, "batch of 16: is below its 17 batch norm groups"),
+        ({"momentum": -0.1}, "out of range: momentum -0.1"),
+        ({"stem": "vit"}, "stem is 'vit', want one of imagenet, cifar"),
+        ({"optimizer": "adam"}, "optimizer is 'adam', want one of sgd, lars"),
+        ({"schedule": "decay"}, "out of range: decay_every 0"),
+        ({"start_epoch": 200}, "out of range: start_epoch 200"),
+        ({"augmentation": "v7"}, "want one of v1, v2, cifar, simclr"),
+        ({"schedule": "linear"}, "want one of step, cos, decay"),
         ({"precision": "fp8"}, "want one of fp32, bf16"),
         ({"device": "tpu"}, "want one of cpu, cuda"),
         ({"checkpoint_every": "often"}, "checkpoint_every 'often'"),
@@ -257,6 +266,7 @@ def test_a_folder_and_no_flags_is_v1_and_the_first_lines_say_so(script, pictures
         (["--moco-z", "1"], "unrecognized arguments: --moco-z"),
         (["epoch", "3"], "unknown key 'epoch'; known keys near it: epochs"),
         (["--resume", "gone.pth.tar"], "gone.pth.tar: no such file"),
+        (["--init-from", "gone.pth.tar", *SMALL], "checkpoint gone.pth.tar: no such file"),
         (["--output-dir", "/proc/none"], "output folder /proc/none: cannot be written"),
         (["--config", "gone.yaml"], "recipe gone.yaml: cannot be read"),
     ],
@@ -299,6 +309,122 @@ def test_a_signal_to_all_saves_and_leaves_with_its_status(pictures, tmp_path, si
     (path,) = tmp_path.glob("out/checkpoint_*.pth.tar")
     step = torch.load(path, weights_only=True)["moco_transfer"]["step"]
     assert step == read_log(tmp_path / "out")[-1]["step"] >= 3
+
+
+def children(parent):
+    """The processes below one, by their ids."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) == parent:
+                found.append(int(path.name))
+    return found
+
+
+def test_a_loading_worker_that_was_killed_is_reported_with_its_cause(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "pretrain/main_moco.py"), str(pictures), *SMALL]
+    process = subprocess.Popen(
+        [*command, "--epochs", "500", "-p", "1", "--output-dir", "out"], cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: len(read_log(tmp_path / "out")) >= 1)
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("main_moco.py: a process that loads images ended: DataLoader worker")
+    assert "killed by signal: Killed" in last
+    assert last.endswith("1 workers are more than this machine holds; lower --workers")
+    assert "Traceback" not in errors
+
+
+def test_weights_of_any_layout_start_both_encoders_and_nothing_else(moco_v2_file):
+    config = PretrainConfig(mlp=True, K=64)
+    model = MoCo(config, images=100, groups=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    said = init_from(model, str(moco_v2_file), "resnet50")
+    assert said == "initialised from checkpoint_0199.pth.tar: MoCo v2, epoch 200, backbone only"
+    wanted = load_backbone(moco_v2_file).weights
+    for name, value in model.state_dict().items():
+        encoder, _, short = name.partition(".")
+        want = wanted[short] if short in wanted else before[name]
+        assert torch.equal(value, want), (encoder, short)
+    other = MoCo(replace(config, arch="resnet18"), images=100, groups=1)
+    with pytest.raises(UserError, match="holds a resnet50, and this run trains a resnet18"):
+        init_from(other, str(moco_v2_file), "resnet18")
+
+
+def test_a_run_starts_from_somebodys_weights_and_its_resume_does_not(pictures, tmp_path, capsys):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, max_steps=1)
+    source = train(config, images, tmp_path / "source", quiet=True)
+    config = replace(config, init_from=str(source), max_steps=1, lr=0.0, seed=1)
+    path = train(config, images, tmp_path / "run", quiet=True)
+    assert "initialised from checkpoint_0000.pth.tar: MoCo v1, epoch 0" in capsys.readouterr().out
+    one, two = (load_backbone(file).weights for file in (source, path))
+    assert torch.equal(one["conv1.weight"], two["conv1.weight"])
+    source.unlink()
+    go_on(replace(config, max_steps=2), images, tmp_path / "run")
+
+
+def test_a_run_can_begin_at_a_later_epoch(pictures, tmp_path):
+    config = small_config(pictures, start_epoch=1, milestones=(1,))
+    train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [3, 4]
+    assert lines[0]["lr"] == pytest.approx(0.003)
+
+
+def test_a_changed_batch_scales_the_rate_only_when_asked():
+    recipe = str(ROOT / "configs/pretrain/moco_v2_r50_200ep.yaml")
+    words = ["DIR", "--config", recipe, "--batch-size", "128"]
+    plain, scaled = read_command(words), read_command([*words, "--scale-lr"])
+    assert plain.notes == ("batch_size 256 -> 128: lr stays 0.03 (--scale-lr: 0.015)",)
+    assert scaled.notes == ("batch_size 256 -> 128: lr 0.03 -> 0.015",)
+    assert (plain.config.lr, scaled.config.lr) == (0.03, 0.015)
+    assert read_command(["DIR", "--config", recipe]).notes == ()
+
+
+def test_fewer_than_8_groups_are_said(capsys):
+    config = PretrainConfig(batch_size=32, K=32, device="cpu")
+    assert check(config, 40).bn_groups == 4
+    assert capsys.readouterr().out.startswith("batch norm in 4 groups of 8 images")
+    assert check(replace(config, bn_groups=2), 40).bn_groups == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """More images than the reference's queue has keys; a file has as many names as it can."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    for label in "ab":
+        first = folder / "train" / label / "0.png"
+        first.parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(first)
+        for i in range(1, 33_000):
+            os.link(first, first.with_name(f"{i}.png"))
+    return folder
+
+
+V1 = "-a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 "
+V1 += "--multiprocessing-distributed --world-size 1 --rank 0"
+
+
+@pytest.mark.parametrize(
+    ("line", "method"), [(V1, "MoCo v1"), (f"{V1} --mlp --moco-t 0.2 --aug-plus --cos", "MoCo v2")]
+)
+def test_the_references_documented_command_lines_run(script, tmp_path, many, line, method):
+    done = script(
+        "pretrain/main_moco.py", *line.split(), many, "--max-steps", 1, "--batch-size", 16, "-j", 1
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{method}, resnet50, on {many}/train (66000 images)")
+    (path,) = tmp_path.glob("output/pretrain/*/checkpoint_0000.pth.tar")
+    state = torch.load(path, weights_only=True, mmap=True)["state_dict"]
+    assert state["module.queue"].shape == (128, 65536)
+    assert len(state) == {"MoCo v1": 642, "MoCo v2": 646}[method]
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(script, pictures):

@@ -1,0 +1,1 @@
+"""How fast pretraining is, beside the reference recipe."""
