@@ -26,6 +26,7 @@ setup(
         "Pillow>=11",
         "scikit-learn>=1.6",
         "pyyaml>=6",
+        "safetensors>=0.5",
         "tqdm>=4.60",
         "matplotlib>=3.9",
     ],
@@ -45,6 +46,17 @@ setup(
             "termcolor",
             "yacs",
         ],
-        "dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML", "types-tqdm"],
+        "dev": [
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "types-PyYAML",
+            "types-tqdm",
+            # Their own code writes checkpoints that the tests read.
+            "lightly>=1.6",
+            "timm>=1.0",
+            "transformers>=5",
+        ],
     },
 )

@@ -1,47 +1,49 @@
-"""Write a backbone as Detectron2 reads it, and prove that it is the same network.
-
-The proof: every backbone tensor lands in Detectron2's C4 and FPN models, none of theirs stays
-unfilled, and on a probe image the models' res2 to res5 equal the source network's.
-"""
+"""Write a backbone as Detectron2 reads it, with a certificate of what it is and what was proved."""
 
 import contextlib
-import importlib.util
+import hashlib
+import json
 import pickle
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from convert.backbone import (
-    EXTRA_KEY,
-    Backbone,
-    Facts,
-    build_resnet,
-    load_backbone,
-    read_detectron2,
-    read_pickle,
-)
+from convert.backbone import Backbone, load_backbone
 from convert.errors import UserError
+from convert.facts import EXTRA_KEY, Facts, Options
 from convert.files import atomic_write, detectron2_version, sha256
-from convert.names import COUNTER, land, to_detectron2
+from convert.names import COUNTER, to_detectron2
+from convert.proof import can_prove, prove
+from convert.reading import check_file, read_file
+from convert.released import locate
+from convert.resnets import IMAGENET_STEM
+from convert.settings import HEADER, detectron2_settings, has_c4, settings_yaml
 
 WEIGHTS_LINK = Path("output/weights.pkl")  # what the *_moco.yaml recipes name as MODEL.WEIGHTS
-STAGES = ("res2", "res3", "res4", "res5")
-# Two float32 libraries order their sums differently; a wrong tensor is off by the features' scale.
-TOLERANCE = 1e-5
 AUTHOR = "MoCo Transfer"
+NOTHING_SAID = Options()
+SUFFIXES = (".gz", ".tar", ".pth", ".pt", ".pyth", ".ckpt", ".safetensors", ".bin", ".pkl")
 
 
-def convert(checkpoint: Path, output: Path | None = None, *, force: bool = False) -> dict[str, Any]:
+def convert(
+    checkpoint: str | Path,
+    output: Path | None = None,
+    *,
+    options: Options = NOTHING_SAID,
+    force: bool = False,
+) -> dict[str, Any]:
     """Convert a checkpoint, keep the result only if it is proved, and link it.
 
+    Beside the pickle stands a YAML of the same name with the settings that fit, to compose with a
+    recipe.
+
     Args:
-        checkpoint: the source, of any supported layout.
+        checkpoint: the source, of any supported layout, or a released one's name.
         output: the pickle to write; default: beside the source.
+        options: which branch, and what the file does not say of itself.
         force: overwrite an output that came from something else.
 
     Returns:
@@ -50,81 +52,144 @@ def convert(checkpoint: Path, output: Path | None = None, *, force: bool = False
     Raises:
         UserError: the source is refused, the proof fails, or the output exists and differs.
     """
-    output = output or _beside(checkpoint)
-    existing = _existing(checkpoint, output, force)
+    output = output or _beside(Path(checkpoint))
+    file = locate(checkpoint)
+    check_file(file)
+    existing = None if force else _existing(file, output, options)
     if existing is not None:
         _link(output)
         return existing
-    backbone = load_backbone(checkpoint)
+    backbone = load_backbone(checkpoint, options)
+    _refuse_stem(backbone.facts)
     arrays = {to_detectron2(name): tensor.numpy() for name, tensor in backbone.weights.items()}
     certificate = _certify(backbone, arrays, output)
+    certificate |= {"options": options.as_dict(), "file_sha256": sha256(file)}
     content = {
         "model": arrays,
         "__author__": AUTHOR,
         "matching_heuristics": True,
         EXTRA_KEY: {"facts": backbone.facts.as_dict(), "certificate": certificate},
     }
-    with atomic_write(output) as temporary:
-        temporary.write_bytes(_pickle(content))
-        written, _ = read_detectron2(temporary)
-        if any(not np.array_equal(written[name], array) for name, array in arrays.items()):
-            raise OSError(f"{output}: was not written as meant")
+    with atomic_write(settings_path(output)) as settings, atomic_write(output) as temporary:
+        settings.write_text(settings_yaml(backbone.facts, output.resolve()), encoding="utf-8")
+        _write_pickle(temporary, content)
     _link(output)
     return certificate
 
 
+def settings_path(output: Path) -> Path:
+    """Return where the settings that fit a converted file stand."""
+    return output.with_suffix(".yaml")
+
+
 def describe(certificate: Mapping[str, Any]) -> str:
     """Say a certificate in lines for a terminal."""
-    tensors, proof, pixels = (certificate[key] for key in ("tensors", "proof", "pixels"))
-    epoch = "" if certificate["epoch"] is None else f", epoch {certificate['epoch']}"
+    tensors, proof = certificate["tensors"], certificate["proof"]
+    parts = ", ".join(f"{part} {count}" for part, count in certificate["dropped_parts"].items())
     rows = [
-        ("source", f"{certificate['source']} (sha256 {certificate['sha256'][:12]})"),
-        ("network", f"{certificate['arch']}, {certificate['method']}{epoch}"),
-        ("layout", f"{certificate['layout']}, {certificate['branch']} encoder"),
+        *facts_rows(Facts.from_dict(certificate["facts"])),
         (
             "tensors",
             f"{tensors['landed']} of {tensors['expected']} landed, {tensors['counters']} counters, "
-            f"{tensors['dropped']} dropped (heads, other encoders, queue)",
-        ),
-        (
-            "pixels",
-            f"{pixels['channel_order']}, mean {pixels['mean']}, std {pixels['std']} of 0..1",
+            f"{tensors['dropped']} dropped{f' ({parts})' if parts else ''}",
         ),
     ]
-    if proof["ran"]:
-        for target in (name for name in ("c4", "fpn") if name in proof):
-            found = proof[target]
-            rows.append(
-                (
-                    f"proof {target}",
-                    f"res2 to res5 differ by {found['largest_difference']:.1e} at most, "
-                    f"of features up to {found['scale']:.3g} ({proof['detectron2']})",
-                )
-            )
-    else:
-        rows.append(("proof", f"names and shapes only: {proof['reason']}"))
+    for target in ("c4", "fpn"):
+        rows.append((f"proof {target}", _proof_line(proof, target)))
     rows.append(("output", f"{certificate['output']}, linked from {WEIGHTS_LINK}"))
+    rows.append(
+        ("settings", f"{settings_path(Path(certificate['output']))}, to compose with a recipe")
+    )
     title = "already converted" if certificate.get("already") else "converted"
+    return table(title, rows)
+
+
+def _proof_line(proof: Mapping[str, Any], target: str) -> str:
+    if not proof["ran"]:
+        return f"names and shapes only: {proof['reason']}"
+    if target not in proof:
+        return "no such target: Detectron2's C4 head is made of bottlenecks, this network is not"
+    found = proof[target]
+    return (
+        f"res2 to res5 differ by {found['largest_difference']:.1e} at most, "
+        f"of features up to {found['scale']:.3g} ({proof['detectron2']})"
+    )
+
+
+def facts_rows(facts: Facts) -> list[tuple[str, str]]:
+    """Say what is known of a backbone, as rows of a table."""
+    epoch = "" if facts.epoch is None else f", epoch {facts.epoch}"
+    stem = "" if facts.stem == IMAGENET_STEM else f", stem {facts.stem}"
+    where = "1x1" if facts.stride_in_1x1 else "3x3"
+    dtype = "" if facts.dtype == "float32" else f", stored as {facts.dtype}"
+    return [
+        ("source", f"{facts.name} (sha256 {facts.sha256[:12]})"),
+        ("network", f"{facts.arch}{stem}, {facts.method}{epoch}{dtype}"),
+        ("layout", f"{facts.layout}, {facts.branch} encoder"),
+        ("pixels", f"{facts.pixels}: {facts.sources['pixels']}"),
+        ("stride", f"in the {where} convolution: {facts.sources['stride_in_1x1']}"),
+    ]
+
+
+def describe_source(checkpoint: Path, options: Options, *, as_json: bool) -> str:
+    """Say what a file is, without converting it.
+
+    Raises:
+        UserError: it is no checkpoint, or holds no backbone.
+    """
+    facts = load_backbone(checkpoint, replace(options, unknown_too=True)).facts
+    if as_json:
+        return json.dumps(facts.as_dict())
+    parts = [f"{part} {count}" for part, count in facts.dropped_parts.items()]
+    rows = facts_rows(facts)
+    rows.append(("branches", ", ".join(facts.branches)))
+    rows.append(("beside it", ", ".join(parts) or "nothing"))
+    if facts.stem == IMAGENET_STEM:
+        fit = detectron2_settings(facts)
+        rows += [("Detectron2", f"{key} {value}") for key, value in fit.items()]
+    return table(str(checkpoint), rows)
+
+
+def table(title: str, rows: list[tuple[str, str]]) -> str:
+    """Set a title above rows of a name and a text."""
     return "\n".join([title, *(f"  {name:10} {text}" for name, text in rows)])
 
 
+def stem_of(checkpoint: Path) -> str:
+    """Return a checkpoint's name without what says that it is one."""
+    name = checkpoint.name
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
 def _beside(checkpoint: Path) -> Path:
-    stem = checkpoint.name
-    for suffix in (".tar", ".pth", ".pt", ".pkl"):
-        stem = stem.removesuffix(suffix)
+    stem = stem_of(checkpoint)
     output = checkpoint.with_name(f"{stem}.pkl")
     return output if output != checkpoint else checkpoint.with_name(f"{stem}.detectron2.pkl")
 
 
-def _existing(checkpoint: Path, output: Path, force: bool) -> dict[str, Any] | None:
+def _refuse_stem(facts: Facts) -> None:
+    if facts.stem != IMAGENET_STEM:
+        raise UserError(
+            f"{facts.name}: has the 3x3 stem of CIFAR networks, and Detectron2's ResNets begin "
+            "with a 7x7 convolution of stride 2; transfer/knn.py and main_lincls.py take it"
+        )
+
+
+def _existing(checkpoint: Path, output: Path, options: Options) -> dict[str, Any] | None:
     """Return the certificate of an output that this very source gave, if there is one."""
-    if force or not output.exists() or not checkpoint.is_file():
+    settings = settings_path(output)
+    if settings.exists() and not settings.read_bytes().startswith(HEADER.encode()):
+        raise UserError(f"{settings}: exists and is not ours; add --force to overwrite it")
+    if not output.exists():
         return None
-    with contextlib.suppress(UserError):
-        certificate: dict[str, Any] = read_pickle(output)[EXTRA_KEY]["certificate"]
-        same_source = certificate["sha256"] == sha256(checkpoint)
+    with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):
+        certificate: dict[str, Any] = read_file(output).values[EXTRA_KEY]["certificate"]
+        same_source = certificate["file_sha256"] == sha256(checkpoint)
+        same = same_source and certificate["options"] == options.as_dict()
         # A conversion made without Detectron2 is made again once it can be proved.
-        if same_source and certificate["proof"]["ran"] == _can_prove():
+        if same and certificate["proof"]["ran"] == can_prove() and settings.exists():
             return certificate | {"output": str(output), "already": True}
     raise UserError(f"{output}: exists and came from something else; add --force to overwrite it")
 
@@ -144,16 +209,6 @@ def _link(output: Path) -> None:
         ) from error
 
 
-def _pickle(content: Mapping[str, Any]) -> bytes:
-    """Pickle arrays so that NumPy 1.24 and 2 both read them.
-
-    NumPy 2 names its own module `numpy._core` in a pickle, which NumPy 1 lacks; both know the old
-    name. Protocol 3 spells it out once, at the first array.
-    """
-    new, old = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
-    return pickle.dumps(dict(content), protocol=3).replace(new, old, 1)
-
-
 def _certify(backbone: Backbone, arrays: Mapping[str, np.ndarray], output: Path) -> dict[str, Any]:
     """Prove a conversion and say what was found.
 
@@ -163,11 +218,11 @@ def _certify(backbone: Backbone, arrays: Mapping[str, np.ndarray], output: Path)
     facts = backbone.facts
     counters = sum(name.endswith(COUNTER) for name in arrays)
     expected = len(arrays) - counters
-    proof: dict[str, Any] = {"ran": _can_prove(), "detectron2": detectron2_version()}
+    proof: dict[str, Any] = {"ran": can_prove(), "detectron2": detectron2_version()}
     proof["reason"] = None if proof["ran"] else "Detectron2 is not installed (see README, Install)"
+    proof["c4_possible"] = has_c4(facts.arch)
     if proof["ran"]:
-        with _quiet():
-            proof |= _prove(backbone, arrays)
+        proof |= prove(backbone, arrays)
     return {
         "source": facts.name,
         "sha256": facts.sha256,
@@ -183,6 +238,7 @@ def _certify(backbone: Backbone, arrays: Mapping[str, np.ndarray], output: Path)
             "counters": counters,
             "dropped": facts.dropped,
         },
+        "dropped_parts": dict(facts.dropped_parts),
         "proof": proof,
         "pixels": {
             "channel_order": facts.pixels.channel_order,
@@ -190,100 +246,51 @@ def _certify(backbone: Backbone, arrays: Mapping[str, np.ndarray], output: Path)
             "std": list(facts.pixels.std),
         },
         "stride_in_1x1": facts.stride_in_1x1,
+        "facts": facts.as_dict(),
     }
 
 
-def _can_prove() -> bool:
-    return importlib.util.find_spec("detectron2") is not None
+# --- the pickle -----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _prove(backbone: Backbone, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Compare the source network with Detectron2's on a probe image of (1, 3, 128, 160)."""
-    probe = torch.randn(1, 3, 128, 160, generator=torch.Generator().manual_seed(0))
-    want = _stages(build_resnet(backbone.facts.arch, backbone.weights), probe)
-    found = {"fpn": _fpn_stages(backbone.facts, arrays, probe)}
-    if "layer1.0.conv3.weight" in backbone.weights:  # Detectron2's C4 head is made of bottlenecks
-        found["c4"] = _c4_stages(backbone.facts, arrays, probe)
-    proof = {}
-    for target, stages in found.items():
-        scale = max(float(want[name].abs().max()) for name in STAGES)
-        worst = max(float((stages[name] - want[name]).abs().max()) for name in STAGES)
-        relative = max(
-            float((stages[name] - want[name]).abs().max() / want[name].abs().max().clamp(min=1e-12))
-            for name in STAGES
-        )
-        if not relative <= TOLERANCE:
-            raise UserError(
-                f"{backbone.facts.name}: Detectron2's {target} features differ by {relative:.1e} "
-                f"of their scale, want at most {TOLERANCE:.0e}; nothing was written"
-            )
-        proof[target] = {"largest_difference": worst, "scale": scale, "relative": relative}
-    return proof
+_PurePickler: Any = pickle._Pickler  # the C one cannot be told what to keep
 
 
-def _stages(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Return what torchvision's four stages give, under Detectron2's names."""
-    x = network.maxpool(network.relu(network.bn1(network.conv1(image))))  # type: ignore[operator]
-    found = {}
-    for stage, layer in zip(STAGES, ("layer1", "layer2", "layer3", "layer4"), strict=True):
-        x = found[stage] = getattr(network, layer)(x)
-    return found
+class _ArrayPickler(_PurePickler):
+    """Pickles arrays so that NumPy 1.24 and 2 both read them, without keeping their bytes.
+
+    NumPy 2 names its own module `numpy._core` in a pickle, which NumPy 1 lacks; both know the old
+    name. A pickler keeps what it wrote, to refer to it again; of weights that is a second copy.
+    """
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if obj is np._core.multiarray._reconstruct:  # type: ignore[attr-defined]
+            self.write(pickle.GLOBAL + b"numpy.core.multiarray\n_reconstruct\n")
+            self.memoize(obj)
+        else:
+            super().save_global(obj, name)
+
+    def memoize(self, obj: Any) -> None:
+        if not isinstance(obj, bytes):
+            super().memoize(obj)
 
 
-def _c4_stages(facts: Facts, arrays: Mapping[str, np.ndarray], image: Tensor) -> dict[str, Tensor]:
-    from detectron2.modeling import build_model
+class _Hashed:
+    """A file that remembers the hash of what was written to it."""
 
-    config = _detectron2_config(facts)
-    config.MODEL.RESNETS.OUT_FEATURES = list(STAGES[:3])
-    model = build_model(config).eval()
-    _fill(model, arrays)
-    found: dict[str, Tensor] = model.backbone(image)
-    return found | {"res5": model.roi_heads.res5(found["res4"])}
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.hash = hashlib.sha256()
 
-
-def _fpn_stages(facts: Facts, arrays: Mapping[str, np.ndarray], image: Tensor) -> dict[str, Tensor]:
-    from detectron2.modeling import build_backbone
-
-    config = _detectron2_config(facts)
-    config.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-    config.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
-    config.MODEL.FPN.IN_FEATURES = list(STAGES)
-    model = build_backbone(config).eval()
-    _fill(model, arrays)
-    return dict(model.bottom_up(image))
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self._file.write(data)
 
 
-def _detectron2_config(facts: Facts) -> Any:
-    from detectron2.config import get_cfg
-
-    config = get_cfg()
-    resnets = config.MODEL.RESNETS
-    resnets.DEPTH = int(facts.arch.removeprefix("resnet"))
-    resnets.NORM = "BN"
-    resnets.STRIDE_IN_1X1 = facts.stride_in_1x1
-    if resnets.DEPTH < 50:
-        resnets.RES2_OUT_CHANNELS = 64
-    config.MODEL.BACKBONE.FREEZE_AT = 0
-    config.MODEL.DEVICE = "cpu"
-    return config
-
-
-def _fill(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Copy every backbone array to its one place, in a shape that must be equal."""
-    state = model.state_dict()
-    for name, key in land(arrays, state).items():
-        if state[key].shape != arrays[name].shape:
-            raise UserError(
-                f"tensor '{name}': found shape {arrays[name].shape}, "
-                f"want {tuple(state[key].shape)} at '{key}'"
-            )
-        state[key].copy_(torch.from_numpy(arrays[name]))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the warnings of Detectron2's own imports off the terminal."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _write_pickle(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a pickle, and read its bytes back to see that the disk has them."""
+    with path.open("wb") as file:
+        hashed = _Hashed(file)
+        _ArrayPickler(hashed, protocol=3).dump(dict(content))
+    if sha256(path) != hashed.hash.hexdigest():
+        raise OSError(f"{path}: was not written as meant")

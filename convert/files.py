@@ -19,6 +19,7 @@ from convert import __version__
 from convert.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHE_VARIABLE = "MOCO_TRANSFER_CACHE"
 
 
 @contextmanager
@@ -79,6 +80,26 @@ def output_folder(path: Path) -> Path:
             f"output folder {path}: cannot be written ({reason}); choose another with --output-dir"
         ) from error
     return path
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder for this project, which need not exist yet.
+
+    Raises:
+        UserError: there is no home folder and no variable names a cache.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser().absolute()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if shared.is_absolute():  # the XDG specification says to ignore a relative one
+        return shared / "moco-transfer"
+    try:
+        return Path.home() / ".cache" / "moco-transfer"
+    except RuntimeError as error:
+        raise UserError(
+            f"cache folder: there is no home folder; name one in the variable {CACHE_VARIABLE}"
+        ) from error
 
 
 def sha256(path: Path) -> str:

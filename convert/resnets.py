@@ -20,6 +20,7 @@ from convert.errors import UserError, nearest
 from convert.names import is_backbone_name
 
 IMAGENET_STEM, CIFAR_STEM = "imagenet", "cifar"
+CIFAR_PAD2_STEM = "cifar-pad2"  # solo-learn pads the same 3x3 convolution by 2
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def build_network(
         arch: a name of `ARCHS`.
         num_classes: outputs of its `fc`.
         stem: `imagenet` is a 7x7 convolution of stride 2 and a max pool; `cifar` a 3x3 convolution
-            of stride 1 and no pool, for images of 32 px.
+            of stride 1 and no pool, for images of 32 px; `cifar-pad2` the same, padded by 2.
         stride_in_1x1: put a bottleneck's stride into its first convolution, as MSRA's networks do,
             and not into its 3x3.
         norm_layer: makes a norm from its channels; default: `nn.BatchNorm2d`.
@@ -96,8 +97,9 @@ def build_network(
     )
     if shape.widen != 1:
         _widen(network, block, shape, num_classes)
-    if stem == CIFAR_STEM:
-        network.conv1 = _fresh(nn.Conv2d(3, 64 * shape.widen, 3, padding=1, bias=False))
+    if stem != IMAGENET_STEM:
+        padding = 2 if stem == CIFAR_PAD2_STEM else 1
+        network.conv1 = _fresh(nn.Conv2d(3, 64 * shape.widen, 3, padding=padding, bias=False))
         network.maxpool = nn.Identity()
     if stride_in_1x1 and shape.bottleneck:
         for module in network.modules():

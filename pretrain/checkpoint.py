@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from convert.backbone import EXTRA_KEY
 from convert.errors import UserError
+from convert.facts import EXTRA_KEY
 from convert.files import atomic_write, output_folder
 from pretrain import distributed
 from pretrain.config import PretrainConfig, as_dict

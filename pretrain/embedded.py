@@ -14,7 +14,6 @@ and the scenes, and its name in `SCENE_LAYOUTS`.
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convert.errors import UserError
-from convert.files import write_json
+from convert.files import CACHE_VARIABLE, cache_folder, write_json
 
 Split = Literal["train", "val"]
 Box = tuple[int, int, int, int]  # x, y, width, height
@@ -39,7 +38,6 @@ Mask = NDArray[np.bool_]  # (H, W)
 Pixels = NDArray[np.float32]  # (H, W, 3) RGB or (H, W), 0..1
 
 SPLITS: tuple[Split, ...] = ("train", "val")
-CACHE_VARIABLE = "MOCO_TRANSFER_CACHE"
 CATEGORY = "digit"  # the one class that detectors learn; the ten values stay beside it
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 FINE = 8  # a scanned pixel's side while its digit is turned and cut out
@@ -181,26 +179,6 @@ def embedded_root() -> Path:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return root
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder for this project, which need not exist yet.
-
-    Raises:
-        UserError: there is no home folder and no variable names a cache.
-    """
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser().absolute()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if shared.is_absolute():  # the XDG specification says to ignore a relative one
-        return shared / "moco-transfer"
-    try:
-        return Path.home() / ".cache" / "moco-transfer"
-    except RuntimeError as error:
-        raise UserError(
-            f"cache folder: there is no home folder; name one in the variable {CACHE_VARIABLE}"
-        ) from error
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 
 from convert.backbone import load_backbone
 from convert.errors import Stopped, StopRequest, UserError
+from convert.facts import STRIDE_IN_1X1
 from convert.files import environment, output_folder, write_json
 from convert.names import is_backbone_name
+from convert.pixels import IMAGENET_PIXELS
 from convert.progress import Progress
 from pretrain import checkpoint, distributed
 from pretrain.checks import groups_of_a_pass
@@ -71,7 +73,7 @@ def train(
             return resume
         distributed.say(f"resumed {resume} at step {run.step} of {run.steps}")
     elif config.init_from:
-        distributed.say(init_from(run.model, config.init_from, config.arch))
+        distributed.say(init_from(run.model, config.init_from))
     images_done, total = run.step * config.batch_size, run.steps * config.batch_size
     shown = Progress(total, "pretrain", done=images_done, quiet=quiet or distributed.rank() > 0)
     try:
@@ -86,30 +88,36 @@ def train(
     return last
 
 
-def init_from(model: Contrast, source: str, arch: str) -> str:
+def init_from(model: Contrast, source: str) -> str:
     """Start every encoder from a checkpoint's backbone; heads, queue and bank stay as they are.
 
     Args:
         model: a new one.
         source: a checkpoint of any layout that convert/ knows.
-        arch: the run's.
 
     Returns:
         What was taken, for people to read.
 
     Raises:
-        UserError: the file is missing, unreadable, or holds another network.
+        UserError: the file is missing, unreadable, or holds another network, or one that expects
+            other pixels.
     """
-    found = load_backbone(source)
+    found, config = load_backbone(source), model.config
     facts = found.facts
+    theirs = (facts.arch, facts.stem, facts.stride_in_1x1, facts.pixels)
+    ours = (config.arch, config.stem, STRIDE_IN_1X1, IMAGENET_PIXELS)
+    if theirs != ours:
+        words = " and ".join(
+            f"a {arch}, {stem} stem, stride in the {'1x1' if stride else '3x3'}, {pixels}"
+            for arch, stem, stride, pixels in (theirs, ours)
+        )
+        raise UserError(
+            f"--init-from {source}: the file's network and this run's differ: {words}; name a "
+            "checkpoint of the same one, or change --arch or the key stem"
+        )
     for encoder in model.encoders():
-        own = {k: v.shape for k, v in encoder.state_dict().items() if is_backbone_name(k)}
-        theirs = {k: v.shape for k, v in found.weights.items()}
-        if own != theirs:
-            raise UserError(
-                f"--init-from {source}: holds a {facts.arch}, and this run trains a {arch}; name a "
-                "checkpoint of the same network, or change --arch"
-            )
+        own = {name for name in encoder.state_dict() if is_backbone_name(name)}
+        assert own == found.weights.keys()
         encoder.load_state_dict(found.weights, strict=False)
     epoch = "" if facts.epoch is None else f", epoch {facts.epoch}"
     return f"initialised from {facts.name}: {facts.method}{epoch}, backbone only"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from convert.backbone import build_resnet, load_backbone, random_backbone, read_detectron2
+from convert.backbone import build_resnet, load_backbone, random_backbone
 from convert.errors import UserError
 from tests.conftest import moco_state
 
@@ -72,8 +72,8 @@ def test_a_missing_tensor_is_refused(tmp_path):
 
 def test_a_wrong_shape_is_refused(tmp_path):
     state = moco_state("resnet18", mlp=False)
-    state["module.encoder_q.conv1.weight"] = torch.zeros(64, 3, 3, 3)
-    with pytest.raises(UserError, match=r"found \(64, 3, 3, 3\), want \(64, 3, 7, 7\)"):
+    state["module.encoder_q.conv1.weight"] = torch.zeros(64, 3, 5, 5)
+    with pytest.raises(UserError, match=r"found \(64, 3, 5, 5\), want \(64, 3, 7, 7\)"):
         load_backbone(save(tmp_path / "a.pth", {"state_dict": state}))
 
 
@@ -123,8 +123,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": Hostile()}))
     torch.save({"state_dict": Hostile()}, tmp_path / "b.pth")
-    with pytest.raises(UserError, match=r"it asks for .*open"):
-        read_detectron2(tmp_path / "a.pkl")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_backbone(tmp_path / "b.pth")
+    for name in ("a.pkl", "b.pth"):
+        with pytest.raises(UserError, match="holds no ResNet backbone"):
+            load_backbone(tmp_path / name)
     assert not (tmp_path / "hostile_was_here").exists()

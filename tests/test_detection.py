@@ -19,8 +19,9 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMa
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from convert.backbone import EXTRA_KEY, load_backbone
+from convert.backbone import load_backbone
 from convert.errors import UserError
+from convert.facts import EXTRA_KEY
 from convert.files import ROOT
 from convert.names import to_detectron2
 from transfer import datasets, detection, recipes
@@ -162,9 +163,9 @@ def test_a_checkpoint_and_its_conversion_give_the_same_detector(
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        ("missing", r"the model's get none.*res3\.0\.conv2\.weight"),
-        ("renamed", r"no single place.*res3\.0\.conv9\.weight"),
-        ("shaped", r"'backbone\.res3\.0\.conv2\.weight' has shape \(128, 128, 1, 1\)"),
+        ("missing", r"1 of 318 .* are missing, first 'layer2\.0\.conv2\.weight'"),
+        ("renamed", r"1 of 318 .* are missing, first 'layer2\.0\.conv2\.weight'"),
+        ("shaped", r"'layer2\.0\.conv2\.weight' \(found \(128, 128, 1, 1\), want \(128, 128, 3"),
     ],
 )
 def test_a_damaged_file_is_refused_and_nothing_lands(

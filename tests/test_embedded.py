@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convert import files
 from convert.errors import UserError
 from pretrain import embedded
 from pretrain.embedded import RECIPE, SPLITS, Recipe, Scenes, Sources
@@ -136,11 +137,11 @@ def test_the_cache_is_the_variable_then_xdg_then_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("MOCO_TRANSFER_CACHE", "~/own")
-    assert embedded.cache_folder() == tmp_path / "own"
+    assert files.cache_folder() == tmp_path / "own"
     monkeypatch.delenv("MOCO_TRANSFER_CACHE")
-    assert embedded.cache_folder() == Path("/xdg/moco-transfer")
+    assert files.cache_folder() == Path("/xdg/moco-transfer")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert embedded.cache_folder() == tmp_path / ".cache/moco-transfer"
+    assert files.cache_folder() == tmp_path / ".cache/moco-transfer"
 
 
 def test_a_changed_recipe_never_meets_an_old_cache():

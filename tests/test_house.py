@@ -14,7 +14,7 @@ ORDER = ("convert", "pretrain", "transfer", "benchmarks")
 FILES = [path for folder in ORDER for path in sorted((ROOT / folder).rglob("*.py"))]
 SCRIPTS = [path for path in FILES if "run_script(main)" in path.read_text(encoding="utf-8")]
 DETECTION = {"detection.py", "detection_job.py", "memory.py", "pictures.py", "recipes.py"}
-LATE = {"train_net.py", "datasets.py", "certificate.py"}  # import it when they run
+LATE = {"train_net.py", "datasets.py", "proof.py"}  # import it when they run
 
 
 def imported(path):
@@ -53,6 +53,7 @@ def test_there_are_scripts_for_every_stage():
     names = {str(path.relative_to(ROOT)) for path in SCRIPTS}
     assert names >= {
         "convert/to_detectron2.py",
+        "convert/to_torchvision.py",
         "pretrain/main_moco.py",
         "transfer/train_net.py",
         "transfer/main_lincls.py",
@@ -110,3 +111,14 @@ def test_everything_but_detection_imports_without_detectron2(tmp_path):
 def test_installing_makes_no_package_of_tests_and_configs():
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     assert 'packages=["convert", "pretrain", "transfer", "benchmarks"]' in text
+
+
+def test_the_docs_table_has_every_layout_and_every_released_name():
+    from convert.layouts import LAYOUTS
+    from convert.released import names
+
+    text = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
+    for layout in LAYOUTS:
+        assert f"| `{layout.name}` |" in text
+    for name in names():
+        assert f"`{name.removesuffix('_v2')}" in text

@@ -343,7 +343,7 @@ def test_weights_of_any_layout_start_both_encoders_and_nothing_else(moco_v2_file
     config = PretrainConfig(mlp=True, K=64)
     model = MoCo(config, images=100, groups=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    said = init_from(model, str(moco_v2_file), "resnet50")
+    said = init_from(model, str(moco_v2_file))
     assert said == "initialised from checkpoint_0199.pth.tar: MoCo v2, epoch 200, backbone only"
     wanted = load_backbone(moco_v2_file).weights
     for name, value in model.state_dict().items():
@@ -351,8 +351,11 @@ def test_weights_of_any_layout_start_both_encoders_and_nothing_else(moco_v2_file
         want = wanted[short] if short in wanted else before[name]
         assert torch.equal(value, want), (encoder, short)
     other = MoCo(replace(config, arch="resnet18"), images=100, groups=1)
-    with pytest.raises(UserError, match="holds a resnet50, and this run trains a resnet18"):
-        init_from(other, str(moco_v2_file), "resnet18")
+    with pytest.raises(UserError, match=r"differ: a resnet50, imagenet stem.* and a resnet18"):
+        init_from(other, str(moco_v2_file))
+    other = MoCo(replace(config, stem="cifar"), images=100, groups=1)
+    with pytest.raises(UserError, match=r"imagenet stem.* and a resnet50, cifar stem"):
+        init_from(other, str(moco_v2_file))
 
 
 def test_a_run_starts_from_somebodys_weights_and_its_resume_does_not(pictures, tmp_path, capsys):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from convert.backbone import load_backbone, read_detectron2
+from convert.backbone import load_backbone
 from convert.certificate import convert
 from convert.errors import UserError
+from convert.reading import read_file
 from tests.conftest import moco_state
 from tests.test_backbone import bad_files
 
@@ -64,7 +65,7 @@ def test_detectron2s_own_checkpointer_lands_every_tensor(in_tmp, moco_v2_file):
     config.MODEL.BACKBONE.FREEZE_AT = 0
     model = build_model(config)
     DetectionCheckpointer(model).load(str(in_tmp / "out.pkl"))
-    state, arrays = model.state_dict(), read_detectron2(in_tmp / "out.pkl")[0]
+    state, arrays = model.state_dict(), read_file(in_tmp / "out.pkl").values["model"]
     for name, array in arrays.items():
         home = "roi_heads." if name.startswith("res5") else "backbone."
         assert np.array_equal(state[home + name].numpy(), array), name
@@ -81,7 +82,7 @@ def test_the_proof_sees_a_wrong_tensor(in_tmp, moco_v2_file, monkeypatch):
     }
     backbone = load_backbone(moco_v2_file)
     backbone.weights["layer3.1.bn1.weight"].mul_(1.5)  # tell the two apart
-    monkeypatch.setattr(certificate, "load_backbone", lambda path: backbone)
+    monkeypatch.setattr(certificate, "load_backbone", lambda path, options: backbone)
     monkeypatch.setattr(certificate, "to_detectron2", lambda name: right(swapped.get(name, name)))
     with pytest.raises(UserError, match=r"features differ by .* nothing was written"):
         convert(moco_v2_file, in_tmp / "out.pkl")
@@ -117,7 +118,7 @@ def test_without_detectron2_the_certificate_says_what_did_not_run(
 ):
     from convert import certificate
 
-    monkeypatch.setattr(certificate, "_can_prove", lambda: False)
+    monkeypatch.setattr(certificate, "can_prove", lambda: False)
     proof = convert(moco_v2_file, in_tmp / "out.pkl")["proof"]
     assert not proof["ran"]
     assert "Detectron2 is not installed" in proof["reason"]

@@ -116,10 +116,13 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("MODEL.WEIGHTS detectron2://x/R-50.pkl", "names are not fetched here"),
+        (
+            "MODEL.WEIGHTS detectron2://x/R-50.pkl",
+            "addresses are not fetched here; want a checkpoint's file, or one of moco_v1",
+        ),
         ("MODEL.WEIGHTS gone.pth", "MODEL.WEIGHTS gone.pth: no such file"),
         ("MODEL.WEIGHTS garbage.pth", "garbage.pth: cannot be read"),
-        ("MODEL.WEIGHTS garbage.pkl", "garbage.pkl: is not a file of this project's converter"),
+        ("MODEL.WEIGHTS garbage.pkl", "garbage.pkl: cannot be read"),
         ("RANDOM --num-gpus 3", "found 2 for 3 processes"),
         ("RANDOM OUTPUT_DIR /proc/x", "output folder /proc: cannot be written"),
         ("RANDOM --resume=gone.pth", "--resume gone.pth: no such checkpoint"),

@@ -103,7 +103,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("words", nargs="*", metavar="DIR", help="images: DIR/train and DIR/val, one folder a class")
     add("--config", type=Path, metavar="FILE", help="a recipe; KEY VALUE pairs override it")
-    add("--pretrained", default="", metavar="FILE", help="checkpoint, or the word random")
+    add("--pretrained", default="", metavar="FILE", help="checkpoint, released name, or random")
     add("-a", "--arch", metavar="NAME", help="network the checkpoint must hold (default: its own)")
     add("--output-dir", type=Path, metavar="DIR", help="default: output/TASK/RECIPE/CHECKPOINT")
     add("--resume", metavar="auto|FILE", help="go on with, or print again, the run in --output-dir")
@@ -130,7 +130,7 @@ def read_request(args: argparse.Namespace, task: str) -> tuple[Request, list[str
         UserError: no checkpoint was named, or a flag's value makes no sense.
     """
     if not args.pretrained:
-        raise UserError("--pretrained is missing: name a checkpoint, or the word random")
+        raise UserError("--pretrained is missing: name a checkpoint, a released one, or random")
     if args.workers is not None:
         require_at_least("--workers", args.workers, 0)
     folder, pairs = split_words(args.words)

@@ -41,11 +41,13 @@ from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from convert.backbone import EXTRA_KEY, Facts, load_backbone, read_detectron2
+from convert.backbone import load_backbone
 from convert.errors import Stopped, UserError
+from convert.facts import EXTRA_KEY, Facts
 from convert.files import atomic_write, sha256
 from convert.names import COUNTER, land, to_detectron2
 from convert.progress import Progress, progress
+from convert.settings import PIXEL_KEYS, check_keys, check_recipe
 from transfer import datasets, recipes
 from transfer.pictures import Shown
 
@@ -54,13 +56,6 @@ FINAL_FILE = "model_final.pth"  # the trained detector, without what only traini
 METRICS_FILE = "metrics.json"
 HEAD_NAME = "Res5ROIHeadsExtraNorm"
 PICTURES = 6
-# What must be the same in training the backbone and in training the detector.
-PIXEL_KEYS = (
-    "INPUT.FORMAT",
-    "MODEL.PIXEL_MEAN",
-    "MODEL.PIXEL_STD",
-    "MODEL.RESNETS.STRIDE_IN_1X1",
-)
 # Made anew from the recipe; old files of Detectron2 hold them all the same.
 _REBUILT = ("cell_anchors.0", "pixel_mean", "pixel_std")
 
@@ -133,8 +128,7 @@ def fill_backbone(model: nn.Module, cfg: CfgNode) -> dict[str, Any]:
     if not cfg.MODEL.WEIGHTS:
         return start_facts(cfg)
     tensors, facts = _read_backbone(Path(cfg.MODEL.WEIGHTS))
-    wanted = facts.pixels.detectron2() | {"MODEL.RESNETS.STRIDE_IN_1X1": facts.stride_in_1x1}
-    check_fit(cfg, wanted, cfg.MODEL.WEIGHTS)
+    check_recipe(recipes.flatten(cfg), facts, cfg.MODEL.WEIGHTS)
     places = land(tensors, model.state_dict())
     _copy(model, {key: tensors[name] for name, key in places.items()}, cfg.MODEL.WEIGHTS)
     landed = sum(not name.endswith(COUNTER) for name in places)
@@ -154,36 +148,8 @@ def start_facts(cfg: CfgNode) -> dict[str, Any]:
 
 def _read_backbone(path: Path) -> tuple[dict[str, Tensor], Facts]:
     """Return a backbone under Detectron2's names."""
-    if path.suffix == ".pkl":
-        arrays, facts = read_detectron2(path)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}, facts
     backbone = load_backbone(path)
     return {to_detectron2(name): t for name, t in backbone.weights.items()}, backbone.facts
-
-
-def check_fit(cfg: CfgNode, wanted: Mapping[str, Any], where: str) -> None:
-    """Refuse a recipe that would feed a backbone other images than it was trained on.
-
-    Args:
-        cfg: the recipe.
-        wanted: what the weights expect of its `PIXEL_KEYS`.
-        where: the file that wants it.
-
-    Raises:
-        UserError: names every key to set, with its value.
-    """
-    flat = recipes.flatten(cfg)
-    wrong = [key for key in PIXEL_KEYS if not _same(flat[key], wanted[key])]
-    if wrong:
-        found = ", ".join(f"{key} {flat[key]}" for key in wrong)
-        fix = " ".join(f'{key} "{wanted[key]}"' for key in wrong)
-        raise UserError(f"{where}: was not trained with the recipe's {found}; set {fix}")
-
-
-def _same(found: Any, wanted: Any) -> bool:
-    if isinstance(wanted, list):
-        return len(found) == len(wanted) and bool(np.allclose(found, wanted, atol=0.01))
-    return bool(found == wanted)
 
 
 def load_detector(model: nn.Module, path: Path, cfg: CfgNode) -> dict[str, Any]:
@@ -207,7 +173,7 @@ def load_detector(model: nn.Module, path: Path, cfg: CfgNode) -> dict[str, Any]:
         raise UserError(f"{path}: holds no trained detector; want a run's {FINAL_FILE}")
     ours = content.get(EXTRA_KEY)
     if ours is not None:
-        check_fit(cfg, ours["pixels"], str(path))
+        check_keys(recipes.flatten(cfg), ours["pixels"], str(path))
     fill_all(model, weights, str(path))
     facts = {"name": path.name, "method": "unknown"} if ours is None else dict(ours["facts"])
     return facts | {"detector": str(path), "detector_sha256": sha256(path)}

@@ -22,8 +22,9 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from convert.backbone import EXTRA_KEY
+from convert import released
 from convert.errors import UserError
+from convert.facts import EXTRA_KEY
 from convert.files import output_folder, write_text
 from transfer import datasets, memory, recipes
 from transfer.detection import (
@@ -226,12 +227,12 @@ def _missing_weights(job: Job) -> list[str]:
         file = _detector_file(job)
         lost = f"detector {file}: no such file; name one as MODEL.WEIGHTS"
         return [] if file.is_file() else [lost]
-    if not weights or Path(weights).is_file():
+    if not weights or Path(weights).is_file() or released.find(weights):
         return []
     if "://" in weights:
         raise UserError(
-            f"MODEL.WEIGHTS {weights}: names are not fetched here; download the file, convert it "
-            "with python convert/to_detectron2.py ckpt.pth, and name the file"
+            f"MODEL.WEIGHTS {weights}: addresses are not fetched here; want a checkpoint's file, "
+            f"or one of {', '.join(released.names())}"
         )
     return [
         f"MODEL.WEIGHTS {weights}: no such file; make it with python convert/to_detectron2.py "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
-from convert.backbone import RANDOM, Backbone, build_resnet, load_backbone, random_backbone
+from convert.backbone import RANDOM, Backbone, load_backbone, random_backbone
 from convert.errors import UserError
 from convert.files import atomic_write
 from convert.pixels import Pixels
@@ -82,7 +82,7 @@ class FrozenNetwork:
     def __init__(self, backbone: Backbone, stage: str, device: torch.device) -> None:
         self.backbone = backbone
         self.device = device
-        resnet: Any = build_resnet(backbone.facts.arch, backbone.weights)
+        resnet: Any = backbone.build()
         self.resnet = resnet.requires_grad_(False).to(device, memory_format=torch.channels_last)
         stem = [resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool]
         stages = [getattr(resnet, f"layer{i + 1}") for i in range(STAGES.index(stage) + 1)]
@@ -200,7 +200,7 @@ def open_backbone(request: Request, seed: int) -> Backbone:
     if request.pretrained == RANDOM and request.arch is not None:
         require_one_of("--arch", request.arch, list(ARCHS))
         return random_backbone(request.arch, seed)
-    backbone = load_backbone(request.pretrained, seed)
+    backbone = load_backbone(request.pretrained, seed=seed)
     if request.arch not in (None, backbone.facts.arch):
         found = f"checkpoint {request.pretrained}: holds a {backbone.facts.arch}"
         raise UserError(f"{found}, --arch wants {request.arch}; leave --arch out")

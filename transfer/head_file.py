@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from convert.backbone import EXTRA_KEY, Backbone
+from convert.backbone import Backbone
 from convert.errors import UserError
+from convert.facts import EXTRA_KEY
 from convert.files import atomic_write, write_text
 from transfer.classification import refuse_other_run
 from transfer.features import digest

@@ -1,1 +1,1 @@
-"""How fast pretraining is, beside the reference recipe."""
+"""How fast, and in how much memory; the plain recipe that pretraining is held against."""

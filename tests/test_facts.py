@@ -1,0 +1,215 @@
+"""What is known of a backbone is told from what is given and what is assumed."""
+
+import json
+import pickle
+
+import pytest
+import torch
+import yaml
+
+from convert.backbone import build_resnet, load_backbone, random_backbone
+from convert.certificate import convert
+from convert.errors import UserError
+from convert.facts import Options
+from convert.names import to_detectron2
+from convert.pixels import CAFFE_PIXELS, IMAGENET_PIXELS, UNIT_PIXELS, Pixels
+from tests.small_sets import write_resnet18
+
+KNOWN = {"pixels": "known", "stride_in_1x1": "known"}
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    return random_backbone("resnet50", 0).weights
+
+
+def save_detectron2(path, weights, **beside):
+    arrays = {to_detectron2(name): tensor.numpy() for name, tensor in weights.items()}
+    path.write_bytes(pickle.dumps({"model": arrays, **beside}))
+    return path
+
+
+def config_yaml(order, mean, std, stride):
+    resnets = {"STRIDE_IN_1X1": stride, "NORM": "FrozenBN"}
+    model = {"PIXEL_MEAN": mean, "PIXEL_STD": std, "RESNETS": resnets}
+    return yaml.safe_dump({"MODEL": model, "INPUT": {"FORMAT": order}})
+
+
+def test_a_method_whose_code_fixes_its_pixels_is_known(moco_v2_file):
+    facts = load_backbone(moco_v2_file).facts
+    assert facts.sources == KNOWN
+    assert facts.pixels == IMAGENET_PIXELS
+    assert facts.branches == ("query", "key")
+    assert facts.dropped_parts == {"queue": 1, "queue_ptr": 1, "encoder_q": 4, "encoder_k": 322}
+
+
+def test_a_flat_file_is_assumed_and_what_is_given_wins(tmp_path):
+    path = write_resnet18(tmp_path / "a.pth")
+    facts = load_backbone(path).facts
+    assert facts.sources == {"pixels": "assumed", "stride_in_1x1": "assumed"}
+    given = load_backbone(path, pixels=UNIT_PIXELS, stride_in_1x1=False).facts
+    assert given.sources == {"pixels": "given", "stride_in_1x1": "given"}
+    assert given.pixels == UNIT_PIXELS
+
+
+def test_a_file_of_detectron2_is_never_guessed(tmp_path, resnet50):
+    path = save_detectron2(tmp_path / "a.pkl", resnet50)
+    with pytest.raises(UserError, match=r"does not say its pixels.*as --pixels imagenet, or put"):
+        load_backbone(path)
+    with pytest.raises(UserError, match=r"does not say its stride in 1x1.*--stride-in-1x1 no"):
+        load_backbone(path, pixels=CAFFE_PIXELS)
+    facts = load_backbone(path, pixels=CAFFE_PIXELS, stride_in_1x1=True).facts
+    assert facts.stride_in_1x1
+    described = load_backbone(path, Options(unknown_too=True)).facts
+    assert described.sources == {"pixels": "unknown", "stride_in_1x1": "unknown"}
+
+
+@pytest.mark.parametrize("author", ["MOCO", "torchvision"])
+def test_converters_that_sign_their_work_are_known(tmp_path, resnet50, author):
+    facts = load_backbone(save_detectron2(tmp_path / "a.pkl", resnet50, __author__=author)).facts
+    assert facts.sources == KNOWN
+    assert facts.pixels == IMAGENET_PIXELS
+
+
+def test_the_config_beside_a_detector_tells(tmp_path, resnet50):
+    text = config_yaml("BGR", [103.53, 116.28, 123.675], [57.375, 57.12, 58.395], True)
+    (tmp_path / "config.yaml").write_text(text)
+    facts = load_backbone(save_detectron2(tmp_path / "model_final.pkl", resnet50)).facts
+    assert facts.sources == {"pixels": "given", "stride_in_1x1": "given"}
+    assert facts.stride_in_1x1
+    assert facts.pixels.channel_order == "BGR"
+    assert facts.pixels.std == pytest.approx(IMAGENET_PIXELS.std, abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ["a: 1", "[", "MODEL: 3", "INPUT: {FORMAT: YUV}\nMODEL: {}"])
+def test_a_config_beside_that_is_none_of_detectron2_is_refused(tmp_path, resnet50, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml: stands beside .* no whole config"):
+        load_backbone(save_detectron2(tmp_path / "a.pkl", resnet50))
+
+
+@pytest.mark.parametrize(("rgb", "order"), [("True", "RGB"), ("False", "BGR")])
+def test_the_config_inside_openmmlabs_files_tells(tmp_path, resnet50, rgb, order):
+    text = (
+        "model = dict(backbone=dict(type='ResNet', depth=50, style='caffe'))\n"
+        "img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[1.0, 1.0, 1.0], "
+        f"to_rgb={rgb})\n"
+    )
+    state = {f"backbone.{name}": tensor for name, tensor in resnet50.items()}
+    state["rpn_head.rpn_conv.weight"] = torch.zeros(1)
+    torch.save({"meta": {"config": text}, "state_dict": state}, tmp_path / "a.pth")
+    facts = load_backbone(tmp_path / "a.pth").facts
+    assert facts.layout == "mmdet"
+    assert facts.sources == KNOWN
+    assert facts.stride_in_1x1
+    assert facts.pixels.detectron2() == {
+        "INPUT.FORMAT": order,
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+    }
+
+
+def test_the_configs_beside_a_model_of_transformers_tell(tmp_path, resnet50):
+    from tests.origins import ORIGINS, write
+
+    origin = next(origin for origin in ORIGINS if origin.slug == "huggingface")
+    for package in origin.needs:
+        pytest.importorskip(package)
+    path = write(origin.build("resnet50"), tmp_path / "model.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"downsample_in_bottleneck": True}))
+    facts = load_backbone(path).facts
+    assert facts.pixels == Pixels("RGB", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert facts.stride_in_1x1
+    assert facts.sources == {"pixels": "given", "stride_in_1x1": "given"}
+
+
+def test_facts_travel_in_the_converted_file_and_can_be_overruled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_resnet18(tmp_path / "a.pth")
+    convert(path, tmp_path / "b.pkl")
+    facts = load_backbone(tmp_path / "b.pkl").facts
+    assert facts == load_backbone(path).facts
+    overruled = load_backbone(tmp_path / "b.pkl", pixels=UNIT_PIXELS).facts
+    assert overruled.sources == {"pixels": "given", "stride_in_1x1": "assumed"}
+    with pytest.raises(UserError, match="holds the query branch only; take the original file"):
+        load_backbone(tmp_path / "b.pkl", branch="key")
+
+
+def test_a_stride_in_the_1x1_is_another_network(resnet50):
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        one = build_resnet("resnet50", resnet50)(image)
+        other = build_resnet("resnet50", resnet50, stride_in_1x1=True)(image)
+    assert one.shape == other.shape
+    assert not torch.allclose(one, other, rtol=0.05)
+
+
+def test_the_same_source_with_other_options_is_another_conversion(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_resnet18(tmp_path / "a.pth")
+    convert(path)
+    assert convert(path)["already"]
+    with pytest.raises(UserError, match="came from something else; add --force"):
+        convert(path, options=Options(pixels=UNIT_PIXELS))
+    assert "already" not in convert(path, options=Options(pixels=UNIT_PIXELS), force=True)
+
+
+def test_a_basic_network_has_no_c4_target_and_the_reason_is_said(tmp_path, script):
+    write_resnet18(tmp_path / "a.pth")
+    done = script("convert/to_detectron2.py", "a.pth")
+    assert done.returncode == 0, done.stderr
+    assert "no such target: Detectron2's C4 head is made of bottlenecks" in done.stdout
+    assert "pixels     RGB, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225" in done.stdout
+    assert "assumed" in done.stdout
+
+
+def test_describe_says_what_a_file_is_and_writes_nothing(tmp_path, script, moco_v2_file):
+    (tmp_path / "a.pth").symlink_to(moco_v2_file)
+    done = script("convert/to_detectron2.py", "a.pth", "--describe", "--branch", "key")
+    assert done.returncode == 0, done.stderr
+    for words in ("moco, key encoder", "branches   query, key", "INPUT.FORMAT RGB", "queue 1"):
+        assert words in done.stdout
+    done = script("convert/to_detectron2.py", "a.pth", "--describe", "--json")
+    assert json.loads(done.stdout)["layout"] == "moco"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_branch_that_a_file_lacks_is_refused_with_those_it_has(tmp_path, script, moco_v2_file):
+    (tmp_path / "a.pth").symlink_to(moco_v2_file)
+    done = script("convert/to_detectron2.py", "a.pth", "--branch", "teacher")
+    assert done.returncode == 2
+    assert "has no branch 'teacher'; this file of moco has query, key" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_ends_in_one_line_and_no_output(tmp_path, monkeypatch):
+    from convert import certificate
+
+    def full(path, content):
+        path.write_bytes(b"some")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    write_resnet18(tmp_path / "a.pth")
+    monkeypatch.setattr(certificate, "_write_pickle", full)
+    with pytest.raises(UserError, match=r"a\.pkl: the disk is full; nothing was written"):
+        convert(tmp_path / "a.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet101", "resnet50w2x", "resnext50_32x8d"])
+def test_other_shapes_convert_and_are_proved_in_c4_and_fpn(tmp_path, monkeypatch, arch):
+    pytest.importorskip("detectron2")
+    monkeypatch.chdir(tmp_path)
+    state = random_backbone(arch, 0).weights
+    torch.save({"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()}}, "a.pth")
+    certificate = convert(tmp_path / "a.pth")
+    assert certificate["arch"] == arch
+    assert certificate["proof"]["c4"]["relative"] <= 1e-5
+    assert certificate["proof"]["fpn"]["relative"] <= 1e-5
+    again = load_backbone(tmp_path / "a.pkl").weights
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
