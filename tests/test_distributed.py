@@ -62,7 +62,7 @@ def run_group(photos, folder, processes, jobs):
     named = {}
     for name, changes in jobs.items():
         config = SMALL | changes
-        job = {key: config.pop(key, None) for key in ("steps", "dtype")}
+        job = {key: config.pop(key, None) for key in ("steps", "dtype", "plain")}
         named[name] = job | {"dtype": job["dtype"] or "float64", "config": config}
     file = folder / "spec.json"
     spec = {"images": str(photos), "folder": str(folder), "jobs": named}
@@ -86,6 +86,8 @@ def run_group(photos, folder, processes, jobs):
 def found(photos, tmp_path_factory):
     """What 1, 2 and 4 processes compute, by their number."""
     on_two = {name: job for name, job in PARTS.items() if "queue" not in name}
+    as_usual = SHORT | {"bn_groups": 2}
+    on_two |= {"two groups": as_usual, "plain": as_usual | {"plain": True}}
     jobs = {1: JOBS | PARTS, 2: JOBS | on_two, 4: {"queue": JOBS["queue"]}}
     return {
         n: run_group(photos, tmp_path_factory.mktemp(f"group{n}"), n, todo)
@@ -127,6 +129,15 @@ def test_every_method_is_the_same_on_two_processes(found, method):
 )
 def test_a_step_in_parts_is_the_step(found, method, processes):
     assert_same(found[1][method], found[processes][f"{method} in parts"])
+
+
+def test_two_processes_compute_what_the_plain_recipe_does(found):
+    ours, theirs = found[2]["two groups"], found[2]["plain"]
+    for mine, plain in zip(ours["values"], theirs["values"], strict=True):
+        assert mine[0] == pytest.approx(plain[0], abs=1e-9)
+    for name, value in theirs["state"].items():
+        if "running_" not in name:  # the mean over groups; the plain recipe's are process 0's
+            torch.testing.assert_close(ours["state"][name], value, rtol=1e-9, atol=1e-9)
 
 
 MAIN = [sys.executable, str(ROOT / "pretrain/main_moco.py")]

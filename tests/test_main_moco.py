@@ -22,7 +22,7 @@ from pretrain.config import PretrainConfig
 from pretrain.flags import read_command
 from pretrain.loop import init_from, train
 from pretrain.moco import MoCo
-from pretrain.monitor import read_log
+from pretrain.monitor import KnnMonitor, read_log
 from pretrain.schedule import learning_rate
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
@@ -377,6 +377,19 @@ def test_a_run_can_begin_at_a_later_epoch(pictures, tmp_path):
     lines = read_log(tmp_path)
     assert [line["step"] for line in lines] == [3, 4]
     assert lines[0]["lr"] == pytest.approx(0.003)
+
+
+def test_the_cifar_recipe_trains_votes_and_its_checkpoint_says_its_stem(pictures, tmp_path):
+    recipe = str(ROOT / "configs/pretrain/moco_cifar10_r18_200ep.yaml")
+    words = "batch_size 16 K 32 bn_groups 2 epochs 1 knn_every 1 workers 0 device cpu"
+    config = check(read_config([str(pictures), "--config", recipe, *words.split()]), 40)
+    images, val = (image_folder(pictures / split) for split in ("train", "val"))
+    knn = KnnMonitor(images, val, 32)
+    path = train(config, images, tmp_path, knn=knn, quiet=True)
+    assert 0 <= read_log(tmp_path)[-1]["knn_top1"] <= 100
+    found = load_backbone(path)
+    assert (found.facts.arch, found.facts.stem) == ("resnet18", "cifar")
+    assert found.weights["conv1.weight"].shape == (64, 3, 3, 3)
 
 
 def test_a_changed_batch_scales_the_rate_only_when_asked():

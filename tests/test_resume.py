@@ -126,18 +126,35 @@ def test_torchrun_goes_on_by_itself_when_a_worker_is_killed(photos, tmp_path):  
     assert_equal_files(*finals)
 
 
+def start_group(photos, folder, count, *words):  # noqa: F811
+    """Start processes as torchrun would, without it."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command(photos, *words)],
+            cwd=folder, env=ENVIRONMENT | shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(photos, tmp_path):  # noqa: F811
+    group = start_group(photos, tmp_path, 2, "--output-dir", "out", "--checkpoint-every", 99)
+    wait_for(lambda: logged(tmp_path / "out") >= 2)
+    group[1].send_signal(signal.SIGUSR1)
+    said = [process.communicate(timeout=120) for process in group]
+    assert [process.returncode for process in group] == [128 + signal.SIGUSR1] * 2, said
+    (path,) = (tmp_path / "out").glob("checkpoint_*")
+    step = torch.load(path, weights_only=True)["moco_transfer"]["step"]
+    assert step == logged(tmp_path / "out")
+
+
 def test_stopped_on_4_processes_it_goes_on_with_2(photos, tmp_path):  # noqa: F811
     def group(count, *words):
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, *command(photos, "-b", 32, "--checkpoint-every", 3, *words)],
-                cwd=tmp_path, env=ENVIRONMENT | shared | {"RANK": str(rank)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(count)
-        ]  # fmt: skip
+        words = ["-b", 32, "--checkpoint-every", 3, *words]
+        processes = start_group(photos, tmp_path, count, *words)
         said = [process.communicate(timeout=300) for process in processes]
         assert all(process.returncode == 0 for process in processes), said
         return said[0][0]
