@@ -3,9 +3,10 @@
 A file is `checkpoint_0199.pth.tar`, its number the epoch's, from 0:
     epoch: epochs done; arch: the network's name
     state_dict: the model, every key below `module.` as DistributedDataParallel writes it
-    optimizer: SGD's state
+    optimizer: its state
     moco_transfer: method, step, config; tensors, numbers and strings only
-Everything random is drawn from the seed and the place in the run, so the step is the random state.
+Everything random is drawn from the seed and the place in the run, and the generators of Python,
+NumPy and torch are seeded anew at every step, so the step is the random state, of workers too.
 """
 
 import json
@@ -19,12 +20,18 @@ from torch import nn
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
 from convert.files import atomic_write, output_folder
+from pretrain import distributed
 from pretrain.config import PretrainConfig, as_dict
 
 PREFIX = "module."
 _NAME = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
-# What may differ between a run and its continuation: none of it changes a number.
-FREE_KEYS = frozenset({"workers", "print_freq", "checkpoint_every", "keep", "max_steps", "data"})
+# What may differ between a run and its continuation: none of it changes what is computed, though
+# `accumulate`, as another number of processes, adds up in another order. The last two are where a
+# run begins, which a continuation does not do.
+FREE_KEYS = frozenset(
+    {"workers", "print_freq", "checkpoint_every", "keep", "max_steps", "data", "accumulate"}
+    | {"init_from", "start_epoch"}
+)
 
 
 def save(
@@ -41,14 +48,14 @@ def save(
 
     Args:
         folder: the run's.
-        model: a `MoCo`.
+        model: a `Contrast`.
         optimizer: its optimizer.
         config: of the run.
         step: steps done.
         epochs_done: whole epochs done.
         epoch: the number in the file's name: of the epoch done or under way.
     """
-    path = folder / f"checkpoint_{epoch:04d}.pth.tar"
+    path = path_of(folder, epoch)
     content = {
         "epoch": epochs_done,
         "arch": config.arch,
@@ -62,6 +69,11 @@ def save(
         for old in list_checkpoints(folder)[: -config.keep]:
             old.unlink(missing_ok=True)
     return path
+
+
+def path_of(folder: Path, epoch: int) -> Path:
+    """Return where an epoch's checkpoint lies, numbered from 0."""
+    return folder / f"checkpoint_{epoch:04d}.pth.tar"
 
 
 def claim(folder: Path, *, resume: bool) -> None:
@@ -85,17 +97,50 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
+def choose_resume(word: str, folder: Path, *, restarted: bool) -> str:
+    """Say what `--resume` means for this start of a run.
+
+    Args:
+        word: the flag's, or nothing.
+        folder: the run's.
+        restarted: torchrun started the processes again: they go on with what there is.
+    """
+    return "auto" if restarted and list_checkpoints(folder) else word
+
+
 def find_resume(word: str, folder: Path) -> Path | None:
-    """Say which checkpoint `--resume` means: `auto` is the folder's newest, if it has one.
+    """Say which checkpoint `--resume` means: `auto` is the folder's newest whole one, if any.
 
     Raises:
-        UserError: a named file that does not exist.
+        UserError: a named file that does not exist, or a folder whose files are all damaged.
     """
+    if not word:
+        return None
     if word == "auto":
-        return next(reversed(list_checkpoints(folder)), None)
+        found = list_checkpoints(folder)
+        for path in reversed(found):
+            if _is_whole(path):
+                return path
+            distributed.say(f"{path}: cannot be read; looking for one before it")
+        if found:
+            raise UserError(f"output folder {folder}: none of its checkpoints can be read")
+        return None
     if not Path(word).is_file():
         raise UserError(f"--resume {word}: no such file; name a checkpoint of this run, or auto")
     return Path(word)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load has no closed list of what a damaged file raises
+        return False
+    return True
+
+
+def settled_keys(path: Path | None) -> dict[str, Any] | None:
+    """Return the config that a checkpoint's run was started with; None without a checkpoint."""
+    return None if path is None else _stored_config(read_run(path))
 
 
 def resume(
@@ -110,12 +155,11 @@ def resume(
         UserError: the file is damaged, not a run's of ours, or its config differs.
     """
     content = read_run(path)
-    extra = content[EXTRA_KEY]
-    _compare(json.loads(extra["config"]), as_dict(config), path)
+    _compare(_stored_config(content), as_dict(config), path)
     state = {name.removeprefix(PREFIX): v for name, v in content["state_dict"].items()}
     model.load_state_dict(state, strict=True)
     optimizer.load_state_dict(content["optimizer"])
-    return int(extra["step"])
+    return int(content[EXTRA_KEY]["step"])
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -134,6 +178,11 @@ def read_run(path: Path) -> dict[str, Any]:
             "the released checkpoints of the papers are of this kind"
         )
     return content
+
+
+def _stored_config(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's config; keys that its version did not have were as their defaults are."""
+    return as_dict(PretrainConfig()) | dict(json.loads(content[EXTRA_KEY]["config"]))
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:

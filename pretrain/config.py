@@ -30,32 +30,50 @@ class PretrainConfig:
     """
 
     data: str = ""  # a folder with train/, or `embedded`
+    dictionary: str = "queue"  # queue, bank, end-to-end, simclr, or FILE.py:CLASS
     arch: str = "resnet50"
+    stem: str = "imagenet"  # or cifar: 3x3, stride 1, no pool
     dim: int = 128  # C, length of an embedding
-    K: int = 65536  # keys in the queue
+    K: int = 65536  # keys in the queue; negatives drawn from a bank
     m: float = 0.999  # momentum of the key encoder, Eq. (2)
     tau: float = 0.07  # temperature, Eq. (1); v2: 0.2
     mlp: bool = False  # v2: two-layer head
+    symmetric: bool = False  # each view is query and key once, the losses add up
+    bank_momentum: float = 0.0  # of a bank's entries; InstDisc: 0.5
     residual_gamma: float = 1.0  # weight of every block's residual branch at the start
-    augmentation: str = "v1"  # v1 or v2
+    augmentation: str = "v1"  # v1, v2, cifar or simclr
     crop_scale: tuple[float, ...] = (0.2, 1.0)  # share of the image's area that a view keeps
     image_size: int = 224  # side of a view, pixels
     epochs: int = 200
+    iterations: int = 0  # length of the run in steps, instead of epochs
+    start_epoch: int = 0  # where a run that does not resume begins
     max_steps: int = 0  # stop after so many steps; 0: after the last epoch
-    batch_size: int = 256  # images a step
-    bn_groups: int = 8  # groups of batch norm at most: the papers' 8 GPUs
+    batch_size: int = 256  # images a step, on all processes
+    accumulate: int = 1  # parts in which each process takes its images of a step
+    bn_groups: int = 0  # batch norm groups over all processes; 0: 8 on one, else one each
     leak: bool = False  # allow a single group, where shuffling hides nothing
     allow_small_set: bool = False  # allow a queue as long as the set or longer
+    init_from: str = ""  # a checkpoint whose backbone f_q starts from
+    optimizer: str = "sgd"  # or lars
     lr: float = 0.03  # at batch 256
-    schedule: str = "step"  # step: x0.1 at the milestones; cos: half a cosine (v2)
-    milestones: tuple[int, ...] = (120, 160)  # epochs
+    schedule: str = "step"  # step: x gamma at the milestones; cos: half a cosine; decay: see below
+    schedule_unit: str = "epochs"  # epochs or iterations: what milestones and decay_every count
+    milestones: tuple[int, ...] = (120, 160)
+    gamma: float = 0.1
+    decay_every: int = 0  # decay: x gamma every so many
+    cosine_start: int = 0  # the first epoch's number on the cosine; 1: the last one's rate is 0
     warmup_epochs: float = 0.0  # linear, from 0
-    momentum: float = 0.9  # of SGD
+    warmup_iterations: int = 0  # the same, in steps
+    momentum: float = 0.9  # of the optimizer
     weight_decay: float = 1e-4
     seed: int = 0
     device: str = ""  # cpu or cuda; empty: the best at hand
     precision: str = ""  # fp32 or bf16; empty: the best at hand
-    workers: int = -1  # processes that load images; -1: the cores but one, 32 at most
+    channels_last: bool = True  # how images and weights lie in memory
+    compile: bool = False  # compile the encoders
+    workers: int = (
+        -1
+    )  # processes that load images on each machine; -1: its cores but one, 32 at most
     print_freq: int = 10  # steps between log lines
     knn_every: int = 0  # epochs between kNN votes where the set has labels; 0: never
     checkpoint_every: str = ""  # steps, or minutes as `5m`; empty: every epoch
@@ -63,7 +81,10 @@ class PretrainConfig:
 
     @property
     def method(self) -> str:
-        """The paper's name for these settings, as far as head, augmentation and schedule tell."""
+        """The paper's name for these settings, as far as they tell; else one's own class's."""
+        names = {"bank": "memory bank", "end-to-end": "end-to-end", "simclr": "SimCLR"}
+        if self.dictionary != "queue":
+            return names.get(self.dictionary, self.dictionary.rpartition(":")[2])
         ingredients = {"MLP": self.mlp, "aug+": self.augmentation == "v2"}
         ingredients["cos"] = self.schedule == "cos"
         if all(ingredients.values()):

@@ -1,15 +1,23 @@
-"""Encoders: a ResNet whose classifier is MoCo's head."""
+"""Encoders: a ResNet whose classifier is the method's head."""
 
 from functools import partial
 
 from torch import nn
 
-from convert.resnets import build_network
-from pretrain.norm import SplitBatchNorm
+from convert.resnets import IMAGENET_STEM, build_network
+from pretrain.norm import GlobalBatchNorm, SplitBatchNorm
+
+WHOLE_BATCH = 0  # as `bn_groups`: one group over all processes
 
 
 def build_encoder(
-    arch: str, dim: int, *, mlp: bool, bn_groups: int, residual_gamma: float = 1.0
+    arch: str,
+    dim: int,
+    *,
+    mlp: bool,
+    bn_groups: int,
+    residual_gamma: float = 1.0,
+    stem: str = IMAGENET_STEM,
 ) -> nn.Module:
     """Build f_q or f_k: (N, 3, H, W) images -> (N, dim) embeddings, not normalised.
 
@@ -17,15 +25,19 @@ def build_encoder(
         arch: a name of `convert.resnets.ARCHS`.
         dim: C, length of an embedding.
         mlp: v2's head, two layers with a ReLU between (arXiv:2003.04297, Sec. 2), instead of one.
-        bn_groups: groups of every batch norm.
+        bn_groups: groups that every batch norm makes of the images it is given; `WHOLE_BATCH`: one
+            over all processes.
         residual_gamma: what the last batch norm of every block starts to multiply by; 1 is
             torchvision's, 0 starts every block as the identity (arXiv:1706.02677, Sec. 5.1).
+        stem: imagenet or cifar, see `convert.resnets.build_network`.
 
     Raises:
         UserError: the name is not one of a ResNet.
     """
-    norm = partial(SplitBatchNorm, groups=bn_groups)
-    encoder: nn.Module = build_network(arch, num_classes=dim, norm_layer=norm)
+    norm = (
+        GlobalBatchNorm if bn_groups == WHOLE_BATCH else partial(SplitBatchNorm, groups=bn_groups)
+    )
+    encoder: nn.Module = build_network(arch, num_classes=dim, stem=stem, norm_layer=norm)
     last_norm = "bn3" if "layer1.0.bn3.weight" in encoder.state_dict() else "bn2"
     for name, parameter in encoder.named_parameters():
         if name.startswith("layer") and name.endswith(f".{last_norm}.weight"):

@@ -1,97 +1,73 @@
-"""Momentum Contrast: two encoders, a queue of keys, a contrastive loss.
+"""Momentum Contrast: two encoders and a queue of keys.
 
 Shapes:
-    N: images in a batch
+    N: images of a step, on all processes; n: on this one
     C: length of an embedding (`dim`)
     K: keys in the queue
 
-Symbols are the papers': q and k are a query and its key, f_q and f_k the encoders, m the momentum
-of f_k (arXiv:1911.05722, Eq. (2)), tau the temperature of the loss (Eq. (1)).
+Symbols are the papers': m is the momentum of the key encoder f_k (arXiv:1911.05722, Eq. (2)).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pretrain.encoders import build_encoder
+from pretrain import distributed
+from pretrain.config import PretrainConfig
+from pretrain.contrast import Batch, Contrast, Scored, contrastive_logits, score
+from pretrain.views import generator
 
 
-class MoCo(nn.Module):
-    """The query encoder, the key encoder and the queue (arXiv:1911.05722, Algorithm 1).
+class MoCo(Contrast):
+    """The query encoder, the key encoder and the queue (arXiv:1911.05722, Algorithm 1, Fig. 2c).
 
     Its state dict has the names and the order of the reference's: `queue`, `queue_ptr`,
     `encoder_q.*`, `encoder_k.*`.
-
-    Args:
-        arch: torchvision's name of a ResNet.
-        dim: C.
-        K: keys in the queue.
-        m: momentum of the key encoder.
-        tau: temperature.
-        mlp: v2's head.
-        bn_groups: groups of every batch norm, see `norm.py`.
-        residual_gamma: weight of every block's branch at the start, see `encoders.py`.
-        generator: draws the queue's first, random keys; the encoders draw from torch's own state.
     """
 
     queue: Tensor
     queue_ptr: Tensor
 
-    def __init__(
-        self,
-        arch: str,
-        *,
-        dim: int,
-        K: int,
-        m: float,
-        tau: float,
-        mlp: bool,
-        bn_groups: int,
-        residual_gamma: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__()
-        self.m = m
-        self.tau = tau
-        self.encoder_q, self.encoder_k = (
-            build_encoder(
-                arch,
-                dim,
-                mlp=mlp,
-                bn_groups=bn_groups,
-                residual_gamma=residual_gamma,
-            )
-            for _ in range(2)
-        )
-        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
-        self.encoder_k.requires_grad_(False)
-        queue = torch.randn(dim, K, generator=generator)
+    def __init__(self, config: PretrainConfig, *, images: int, groups: int) -> None:
+        super().__init__(config, images=images, groups=groups)
+        self.encoder_k = self.build_encoder()
+        follow(self.encoder_k, self.encoder_q)
+        draw = generator(config.seed, "queue")
+        queue = torch.randn(config.dim, config.K, generator=draw)
         self.register_buffer("queue", functional.normalize(queue, dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self._theta_q: list[Tensor] = list(self.encoder_q.parameters())
+        self._theta_k: list[Tensor] = list(self.encoder_k.parameters())
 
-    def forward(self, im_q: Tensor, im_k: Tensor, shuffle: Tensor) -> tuple[Tensor, Tensor]:
-        """Score queries against their keys and the queue, then enqueue the keys.
+    def contrast(self, batch: Batch) -> Iterator[Scored]:
+        """Take Algorithm 1's step, all keys first; symmetric, each view is query and key once."""
+        self.update_key_encoder()
+        directions = [(0, 1), (1, 0)] if self.config.symmetric else [(0, 1)]
+        keys = [self.keys(batch, view) for _, view in directions]
+        places = torch.arange(len(batch.images), device=self.device)[batch.own]
+        for (view, _), k in zip(directions, keys, strict=True):
+            own = k[batch.own]
+            for part, q in self.encode_parts(self.encoder_q, batch.views[view], batch.parts):
+                logits = contrastive_logits(q, own[part], self.queue, self.config.tau)
+                yield score(logits, q, k, places[part], batch.parts)
+        self.enqueue(torch.cat(keys[::-1]))  # the first view's keys come first
 
-        Args:
-            im_q: (N, 3, H, W) one view of each image.
-            im_k: (N, 3, H, W) the other one.
-            shuffle: (N,) permutation of the keys' batch, so that an image's query and key meet
-                batch statistics of different groups.
+    @torch.no_grad()
+    def keys(self, batch: Batch, view: int) -> Tensor:
+        """Encode a view of all processes' images, shuffled across batch norm groups.
+
+        So an image's query and key meet batch statistics of different groups (v1, Sec. 3.3).
 
         Returns:
-            (N, 1 + K) logits, positives in column 0; and (N,) whether each query's own key is the
-            nearest of this batch's. The queue's keys come from older encoders, which alone can tell
-            them from a positive: only keys of one age show whether images are told apart.
+            (N, C) keys in the order of the images, the same on every process.
         """
-        q = functional.normalize(self.encoder_q(im_q).float(), dim=1)
-        with torch.no_grad():
-            self.update_key_encoder()
-            k = self.encoder_k(im_k[shuffle]).float()
-            k = functional.normalize(k, dim=1)[torch.argsort(shuffle)]
-        logits = contrastive_logits(q, k, self.queue.clone(), self.tau)
-        self.enqueue(k)
-        own = (q.detach() @ k.T).argmax(dim=1) == torch.arange(len(q), device=q.device)
-        return logits, own
+        shuffle = batch.shuffle(view)
+        mine = distributed.exchange(batch.views[view], shuffle)
+        parts = [k for _, k in self.encode_parts(self.encoder_k, mine, batch.parts)]
+        k = distributed.gather(torch.cat(parts))
+        return k[torch.argsort(shuffle).to(k.device)]
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -99,10 +75,9 @@ class MoCo(nn.Module):
 
         Parameters only: batch norm's running statistics are each encoder's own.
         """
-        theta_k: list[Tensor] = list(self.encoder_k.parameters())
-        theta_q: list[Tensor] = list(self.encoder_q.parameters())
-        torch._foreach_mul_(theta_k, self.m)
-        torch._foreach_add_(theta_k, theta_q, alpha=1 - self.m)
+        m = self.config.m
+        torch._foreach_mul_(self._theta_k, m)
+        torch._foreach_add_(self._theta_k, self._theta_q, alpha=1 - m)
 
     @torch.no_grad()
     def enqueue(self, k: Tensor) -> None:
@@ -114,29 +89,7 @@ class MoCo(nn.Module):
         self.queue_ptr.copy_((self.queue_ptr + len(k)) % K)
 
 
-def contrastive_logits(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> Tensor:
-    """Score each query against its own key and every queued one, Eq. (1).
-
-    Args:
-        q: (N, C) queries of unit length.
-        k: (N, C) keys of the same images, unit length, no gradient.
-        queue: (C, K) earlier keys, unit length, no gradient.
-        tau: temperature, above zero.
-
-    Returns:
-        (N, 1 + K) logits with the positives in column 0.
-
-    Raises:
-        ValueError: the embeddings differ in length.
-    """
-    if not q.shape[1] == k.shape[1] == queue.shape[0]:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}"
-        raise ValueError(f"embeddings differ in length: {shapes}; want (N, C), (N, C), (C, K)")
-    positive = (q * k).sum(dim=1, keepdim=True)
-    return torch.cat([positive, q @ queue], dim=1) / tau
-
-
-def contrastive_loss(logits: Tensor) -> Tensor:
-    """Return the mean of -log softmax at column 0, Eq. (1): InfoNCE over (N, 1 + K) logits."""
-    targets = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return functional.cross_entropy(logits, targets)
+def follow(encoder_k: nn.Module, encoder_q: nn.Module) -> None:
+    """Start f_k as a copy of f_q, without a gradient of its own."""
+    encoder_k.load_state_dict(encoder_q.state_dict())
+    encoder_k.requires_grad_(False)

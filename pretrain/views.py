@@ -1,4 +1,4 @@
-"""The two augmented views of an image: MoCo v1's and v2's recipes.
+"""The augmented views of an image: the recipes of MoCo v1 and v2, of its CIFAR notebook, of SimCLR.
 
 Every number that a view draws comes from (seed, epoch, image, view) alone: whatever the workers,
 their order, and wherever a run was stopped, an image's crops in an epoch are the same.
@@ -47,17 +47,22 @@ AUGMENTATIONS = {
     "v1": Augmentation(),  # arXiv:1911.05722, Sec. 3.3, "Technical details"
     # arXiv:2003.04297, Sec. 2: blur added, hue of .1 as in SimCLR; Table 1, column "aug+".
     "v2": Augmentation(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur_p=0.5),
+    # The reference's CIFAR-10 notebook: v2's without blur.
+    "cifar": Augmentation(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False),
+    # arXiv:2002.05709, Appendix A, with a colour strength of 1.
+    "simclr": Augmentation(jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, gray_first=False, blur_p=0.5),
 }
 
 
-class TwoViews(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Images as pairs of views; an item is asked for by (epoch, index).
+class Views(torch.utils.data.Dataset[list[Tensor]]):
+    """Images as views, two of them; an item is asked for by (epoch, index).
 
     Args:
         images: where they come from.
         augmentation: the recipe.
         size: side of a view in pixels.
         seed: of the whole run.
+        count: how many views of each image; a memory bank takes one.
         pixels: the statistics to normalise with.
     """
 
@@ -67,28 +72,30 @@ class TwoViews(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         augmentation: Augmentation,
         size: int,
         seed: int,
+        count: int = 2,
         pixels: Pixels = IMAGENET_PIXELS,
     ) -> None:
         self.images = images
         self.augmentation = augmentation
         self.size = size
         self.seed = seed
+        self.count = count
         self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return two (3, size, size) float32 views, normalised."""
+    def __getitem__(self, item: tuple[int, int]) -> list[Tensor]:
+        """Return the views, each (3, size, size) float32, normalised."""
         epoch, index = item
         image = self.images.read(index)
         views = []
-        for view in range(2):
+        for view in range(self.count):
             draw = random.Random(f"{self.seed} {epoch} {index} {view}")
             small = augment(image, self.augmentation, self.size, draw)
             tensor = functional.to_tensor(small)
             views.append(functional.normalize(tensor, self.pixels.mean, self.pixels.std))
-        return views[0], views[1]
+        return views
 
 
 def augment(

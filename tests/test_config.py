@@ -1,7 +1,11 @@
+import dataclasses
+
 import pytest
+import torch
 
 from convert.errors import UserError
 from pretrain.config import RECIPES, PretrainConfig, join_resume, load_config, split_words
+from pretrain.encoders import build_encoder
 
 
 def write(path, text):
@@ -104,3 +108,62 @@ def test_the_recipes_are_the_papers():
     v2 = load_config(PretrainConfig, RECIPES / "moco_v2_r50_200ep.yaml")
     assert (v2.method, v2.augmentation, v2.mlp, v2.schedule) == ("MoCo v2", "v2", True, "cos")
     assert (v2.tau, v2.K, v2.m) == (0.2, 65536, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "changes"),
+    [
+        ("moco_v1_r50_200ep_mlp", "MoCo v1 + MLP", {"mlp": True, "tau": 0.2}),
+        ("moco_v1_r50_200ep_aug", "MoCo v1 + aug+", {"augmentation": "v2"}),
+        (
+            "moco_v1_r50_200ep_mlp_aug",
+            "MoCo v1 + MLP + aug+",
+            {"mlp": True, "tau": 0.2, "augmentation": "v2"},
+        ),
+        (
+            "moco_v2_r50_800ep",
+            "MoCo v2",
+            {"mlp": True, "tau": 0.2, "augmentation": "v2", "schedule": "cos", "epochs": 800},
+        ),
+        ("moco_v1_x50_200ep", "MoCo v1", {"arch": "resnext50_32x8d"}),
+        ("moco_v1_r50w2x_200ep", "MoCo v1", {"arch": "resnet50w2x"}),
+        ("moco_v1_r50w4x_200ep", "MoCo v1", {"arch": "resnet50w4x"}),
+        ("bank_r50_200ep", "memory bank", {"dictionary": "bank"}),
+        ("end_to_end_r50_200ep", "end-to-end", {"dictionary": "end-to-end"}),
+    ],
+)
+def test_each_recipe_of_the_papers_is_the_defaults_and_what_its_row_says(name, method, changes):
+    config = load_config(PretrainConfig, RECIPES / f"{name}.yaml")
+    assert config == PretrainConfig(**changes)
+    assert config.method == method
+
+
+@pytest.mark.parametrize(
+    ("arch", "millions"), [("resnext50_32x8d", 46), ("resnet50w2x", 94), ("resnet50w4x", 375)]
+)
+def test_the_wide_encoders_have_the_papers_parameters(arch, millions):
+    with torch.device("meta"):
+        encoder = build_encoder(arch, 128, mlp=False, bn_groups=1)
+    assert round(sum(p.numel() for p in encoder.parameters()) / 1e6) == pytest.approx(
+        millions, abs=1
+    )
+
+
+def test_the_simclr_recipes_scale_as_its_paper_says():
+    rates = {}
+    for name, batch in (("200ep_b256", 256), ("200ep_b8192", 8192), ("1000ep_b4096", 4096)):
+        config = load_config(PretrainConfig, RECIPES / f"simclr_r50_{name}.yaml")
+        assert (config.method, config.batch_size, config.optimizer) == ("SimCLR", batch, "lars")
+        assert (config.mlp, config.tau, config.weight_decay) == (True, 0.1, 1e-6)
+        rates[batch] = config.lr
+    assert rates == pytest.approx({batch: 0.075 * batch**0.5 for batch in rates}, rel=1e-3)
+
+
+def test_the_cifar_recipe_is_the_references_notebook():
+    config = load_config(PretrainConfig, RECIPES / "moco_cifar10_r18_200ep.yaml")
+    assert (config.arch, config.stem, config.dim) == ("resnet18", "cifar", 128)
+    assert (config.K, config.m, config.tau, config.bn_groups) == (4096, 0.99, 0.1, 8)
+    assert (config.lr, config.batch_size, config.weight_decay) == (0.06, 512, 5e-4)
+    assert (config.mlp, config.symmetric, config.schedule) == (False, False, "cos")
+    symmetric = load_config(PretrainConfig, RECIPES / "moco_cifar10_r18_200ep_symmetric.yaml")
+    assert symmetric == dataclasses.replace(config, symmetric=True)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -15,10 +16,14 @@ from PIL import Image
 
 from convert.backbone import load_backbone
 from convert.errors import UserError
+from pretrain.checkpoint import find_resume
+from pretrain.checks import check
 from pretrain.config import PretrainConfig
-from pretrain.loop import check, learning_rate, train
-from pretrain.main_moco import read_config
-from pretrain.monitor import read_log
+from pretrain.flags import read_command
+from pretrain.loop import init_from, train
+from pretrain.moco import MoCo
+from pretrain.monitor import KnnMonitor, read_log
+from pretrain.schedule import learning_rate
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
 
@@ -40,8 +45,17 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def read_config(words):
+    return read_command(words).config
+
+
+def go_on(config, images, folder):
+    """Train from the folder's newest checkpoint."""
+    return train(config, images, folder, resume=find_resume("auto", folder), quiet=True)
+
+
 def small_config(pictures, **changes):
-    config = replace(read_config([str(pictures), *SMALL])[0], print_freq=1, workers=0, **changes)
+    config = replace(read_config([str(pictures), *SMALL]), print_freq=1, workers=0, **changes)
     return check(config, 40)
 
 
@@ -102,7 +116,7 @@ def test_resume_equals_not_stopping(pictures, tmp_path):
     whole = train(config, images, tmp_path / "whole", quiet=True)
     for steps in (1, 3, 4, 0):  # in the middle of an epoch too; 0: to the end
         part = replace(config, max_steps=steps)
-        last = train(part, images, tmp_path / "parts", resume="auto", quiet=True)
+        last = go_on(part, images, tmp_path / "parts")
     assert whole.name == last.name
     stored = torch.load(whole, weights_only=True)["moco_transfer"]
     assert stored["step"] == 6
@@ -129,7 +143,7 @@ def test_a_changed_config_is_not_resumed(pictures, tmp_path):
     config = small_config(pictures)
     train(replace(config, max_steps=1), images, tmp_path, quiet=True)
     with pytest.raises(UserError, match=r"another config: tau 0.07 -> 0.2, lr|tau 0.07 -> 0.2"):
-        train(replace(config, tau=0.2), images, tmp_path, resume="auto", quiet=True)
+        go_on(replace(config, tau=0.2), images, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(pictures, tmp_path):
@@ -142,20 +156,40 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(pictures,
     content["state_dict"]["module.encoder_q.fc.bias"][0] = float("nan")
     torch.save(content, path)
     with pytest.raises(UserError, match=r"loss is not finite at step 3 \(learning rate 0.03\)"):
-        train(config, images, tmp_path, resume="auto", quiet=True)
+        go_on(config, images, tmp_path)
     assert sorted(tmp_path.glob("checkpoint_*")) == before
 
 
 def test_the_schedules_are_the_references():
-    step = PretrainConfig()
-    rates = [learning_rate(step, epoch) for epoch in (0, 119.9, 120, 159.99, 160, 199)]
-    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
-    cos = PretrainConfig(schedule="cos")
-    assert learning_rate(cos, 0) == 0.03
-    assert learning_rate(cos, 100.5) == pytest.approx(0.015)
-    assert learning_rate(cos, 199.5) == pytest.approx(0.03 * 0.5 * (1 + np.cos(np.pi * 199 / 200)))
-    warm = PretrainConfig(warmup_epochs=5)
-    assert learning_rate(warm, 2.5) == pytest.approx(0.015)
+    def rates(config, epochs):
+        return [learning_rate(config, round(epoch * 100), 100) for epoch in epochs]
+
+    step = rates(PretrainConfig(), (0, 119.99, 120, 159.99, 160, 199))
+    assert step == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+    cos = rates(PretrainConfig(schedule="cos"), (0, 100.5, 199.5))
+    last = 0.03 * 0.5 * (1 + np.cos(np.pi * 199 / 200))
+    assert cos == pytest.approx([0.03, 0.015, last])
+    assert rates(PretrainConfig(warmup_epochs=5), (2.5,)) == pytest.approx([0.015])
+    assert rates(PretrainConfig(warmup_iterations=200), (1, 2)) == pytest.approx([0.015, 0.03])
+
+
+def test_a_cosine_from_1_ends_at_0_as_the_cifar_notebooks():
+    config = PretrainConfig(schedule="cos", cosine_start=1, lr=0.06)
+    assert learning_rate(config, 0, 10) == pytest.approx(0.059996, abs=1e-6)
+    assert learning_rate(config, 1999, 10) == 0
+
+
+def test_schedules_count_iterations_where_asked():
+    instagram = PretrainConfig(
+        schedule="decay", schedule_unit="iterations", gamma=0.9, decay_every=62500, lr=0.12,
+        iterations=1_250_000,
+    )  # fmt: skip
+    rates = [learning_rate(instagram, step, 7) for step in (0, 62499, 62500, 1_249_999)]
+    assert rates == pytest.approx([0.12, 0.12, 0.108, 0.12 * 0.9**19])
+    steps = PretrainConfig(schedule_unit="iterations", milestones=(3, 5), gamma=0.5, lr=1.0)
+    assert [learning_rate(steps, step, 7) for step in (2, 3, 5)] == [1, 0.5, 0.25]
+    cos = PretrainConfig(schedule="cos", schedule_unit="iterations", iterations=100, lr=1.0)
+    assert learning_rate(cos, 50, 7) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +201,15 @@ def test_the_schedules_are_the_references():
         ({"K": 40}, "the set has 40 images"),
         ({"batch_size": 64, "K": 64}, "the set has 40 images; lower --batch-size"),
         ({"batch_size": 8}, "--leak"),
-        ({"augmentation": "v7"}, "want one of v1, v2"),
-        ({"schedule": "linear"}, "want one of step, cos"),
+        ({"bn_groups": 3}, "batch of 16 on 1 processes in 3 batch norm groups"),
+        ({"bn_groups": 17}, "batch of 16: is below its 17 batch norm groups"),
+        ({"momentum": -0.1}, "out of range: momentum -0.1"),
+        ({"stem": "vit"}, "stem is 'vit', want one of imagenet, cifar"),
+        ({"optimizer": "adam"}, "optimizer is 'adam', want one of sgd, lars"),
+        ({"schedule": "decay"}, "out of range: decay_every 0"),
+        ({"start_epoch": 200}, "out of range: start_epoch 200"),
+        ({"augmentation": "v7"}, "want one of v1, v2, cifar, simclr"),
+        ({"schedule": "linear"}, "want one of step, cos, decay"),
         ({"precision": "fp8"}, "want one of fp32, bf16"),
         ({"device": "tpu"}, "want one of cpu, cuda"),
         ({"checkpoint_every": "often"}, "checkpoint_every 'often'"),
@@ -180,15 +221,14 @@ def test_values_out_of_range_are_refused(changes, line):
         check(config, 40)
 
 
-def test_an_arch_that_is_no_resnet_is_refused(pictures, tmp_path):
-    config = small_config(pictures, arch="vgg16")
+def test_an_arch_that_is_no_resnet_is_refused(pictures):
     with pytest.raises(UserError, match="arch 'vgg16': is not a ResNet"):
-        train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
+        small_config(pictures, arch="vgg16")
 
 
 def test_the_references_flags_mean_what_they_meant():
     line = "-a resnet50 --lr 0.03 -b 256 --mlp --moco-t 0.2 --aug-plus --cos -j 32 -p 10 --seed 1"
-    config = read_config([*line.split(), "IMAGENET"])[0]
+    config = read_config([*line.split(), "IMAGENET"])
     want = PretrainConfig(
         data="IMAGENET", mlp=True, tau=0.2, augmentation="v2", schedule="cos", workers=32, seed=1
     )
@@ -196,17 +236,18 @@ def test_the_references_flags_mean_what_they_meant():
     line = (
         "IMAGENET --moco-dim 64 --moco-k 4096 --moco-m 0.9 --schedule 30 40 --wd 0 --momentum 0.8"
     )
-    config = read_config(line.split())[0]
+    config = read_config(line.split())
     assert (config.dim, config.K, config.m) == (64, 4096, 0.9)
     assert (config.milestones, config.weight_decay, config.momentum) == ((30, 40), 0, 0.8)
 
 
 def test_trailing_words_mix_with_flags():
-    assert read_config(["DIR", "--mlp", "tau", "0.3"])[0].tau == 0.3
-    config, name, rest = read_config(["--resume", "tau", "0.3"])
-    assert (config.tau, name, rest["resume"]) == (0.3, "moco_v2_r50_embedded", "auto")
+    assert read_config(["DIR", "--mlp", "tau", "0.3"]).tau == 0.3
+    command = read_command(["--resume", "tau", "0.3"])
+    assert command.config.tau == 0.3
+    assert (command.name, command.resume) == ("moco_v2_r50_embedded", "auto")
     recipe = str(ROOT / "configs/pretrain/moco_v2_r50_embedded.yaml")
-    assert read_config(["--config", recipe, "epochs", "1"])[0].epochs == 1
+    assert read_config(["--config", recipe, "epochs", "1"]).epochs == 1
 
 
 def test_a_folder_and_no_flags_is_v1_and_the_first_lines_say_so(script, pictures):
@@ -225,6 +266,7 @@ def test_a_folder_and_no_flags_is_v1_and_the_first_lines_say_so(script, pictures
         (["--moco-z", "1"], "unrecognized arguments: --moco-z"),
         (["epoch", "3"], "unknown key 'epoch'; known keys near it: epochs"),
         (["--resume", "gone.pth.tar"], "gone.pth.tar: no such file"),
+        (["--init-from", "gone.pth.tar", *SMALL], "checkpoint gone.pth.tar: no such file"),
         (["--output-dir", "/proc/none"], "output folder /proc/none: cannot be written"),
         (["--config", "gone.yaml"], "recipe gone.yaml: cannot be read"),
     ],
@@ -250,27 +292,155 @@ def test_a_broken_image_is_named_in_one_line(script, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_a_resume_goes_on(pictures, tmp_path, script, signum):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_to_all_saves_and_leaves_with_its_status(pictures, tmp_path, signum):
     command = [sys.executable, str(ROOT / "pretrain/main_moco.py"), str(pictures), *SMALL]
-    command += ["--epochs", "500", "--output-dir", "out", "-p", "1"]
+    command += ["--epochs", "500", "--output-dir", "out", "-p", "1", "--checkpoint-every", "1000"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     log = tmp_path / "out/log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # the workers that load images too, as a scheduler does
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, errors
     assert "Traceback" not in errors
-    assert list(tmp_path.glob("out/checkpoint_*.pth.tar"))
-    saved = len(read_log(tmp_path / "out"))
-    done = script(
-        "pretrain/main_moco.py", pictures, *SMALL, "--epochs", "500", "--output-dir", "out",
-        "-p", "1", "--resume", "--max-steps", saved + 2,
+    (path,) = tmp_path.glob("out/checkpoint_*.pth.tar")
+    step = torch.load(path, weights_only=True)["moco_transfer"]["step"]
+    assert step == read_log(tmp_path / "out")[-1]["step"] >= 3
+
+
+def children(parent):
+    """The processes below one, by their ids."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) == parent:
+                found.append(int(path.name))
+    return found
+
+
+def test_a_loading_worker_that_was_killed_is_reported_with_its_cause(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "pretrain/main_moco.py"), str(pictures), *SMALL]
+    process = subprocess.Popen(
+        [*command, "--epochs", "500", "-p", "1", "--output-dir", "out"], cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    wait_for(lambda: len(read_log(tmp_path / "out")) >= 1)
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("main_moco.py: a process that loads images ended: DataLoader worker")
+    assert "killed by signal: Killed" in last
+    assert last.endswith("1 workers are more than this machine holds; lower --workers")
+    assert "Traceback" not in errors
+
+
+def test_weights_of_any_layout_start_both_encoders_and_nothing_else(moco_v2_file):
+    config = PretrainConfig(mlp=True, K=64)
+    model = MoCo(config, images=100, groups=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    said = init_from(model, str(moco_v2_file))
+    assert said == "initialised from checkpoint_0199.pth.tar: MoCo v2, epoch 200, backbone only"
+    wanted = load_backbone(moco_v2_file).weights
+    for name, value in model.state_dict().items():
+        encoder, _, short = name.partition(".")
+        want = wanted[short] if short in wanted else before[name]
+        assert torch.equal(value, want), (encoder, short)
+    other = MoCo(replace(config, arch="resnet18"), images=100, groups=1)
+    with pytest.raises(UserError, match=r"differ: a resnet50, imagenet stem.* and a resnet18"):
+        init_from(other, str(moco_v2_file))
+    other = MoCo(replace(config, stem="cifar"), images=100, groups=1)
+    with pytest.raises(UserError, match=r"imagenet stem.* and a resnet50, cifar stem"):
+        init_from(other, str(moco_v2_file))
+
+
+def test_a_run_starts_from_somebodys_weights_and_its_resume_does_not(pictures, tmp_path, capsys):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, max_steps=1)
+    source = train(config, images, tmp_path / "source", quiet=True)
+    config = replace(config, init_from=str(source), max_steps=1, lr=0.0, seed=1)
+    path = train(config, images, tmp_path / "run", quiet=True)
+    assert "initialised from checkpoint_0000.pth.tar: MoCo v1, epoch 0" in capsys.readouterr().out
+    one, two = (load_backbone(file).weights for file in (source, path))
+    assert torch.equal(one["conv1.weight"], two["conv1.weight"])
+    source.unlink()
+    go_on(replace(config, max_steps=2), images, tmp_path / "run")
+
+
+def test_a_run_can_begin_at_a_later_epoch(pictures, tmp_path):
+    config = small_config(pictures, start_epoch=1, milestones=(1,))
+    train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [3, 4]
+    assert lines[0]["lr"] == pytest.approx(0.003)
+
+
+def test_the_cifar_recipe_trains_votes_and_its_checkpoint_says_its_stem(pictures, tmp_path):
+    recipe = str(ROOT / "configs/pretrain/moco_cifar10_r18_200ep.yaml")
+    words = "batch_size 16 K 32 bn_groups 2 epochs 1 knn_every 1 workers 0 device cpu"
+    config = check(read_config([str(pictures), "--config", recipe, *words.split()]), 40)
+    images, val = (image_folder(pictures / split) for split in ("train", "val"))
+    knn = KnnMonitor(images, val, 32)
+    path = train(config, images, tmp_path, knn=knn, quiet=True)
+    assert 0 <= read_log(tmp_path)[-1]["knn_top1"] <= 100
+    found = load_backbone(path)
+    assert (found.facts.arch, found.facts.stem) == ("resnet18", "cifar")
+    assert found.weights["conv1.weight"].shape == (64, 3, 3, 3)
+
+
+def test_a_changed_batch_scales_the_rate_only_when_asked():
+    recipe = str(ROOT / "configs/pretrain/moco_v2_r50_200ep.yaml")
+    words = ["DIR", "--config", recipe, "--batch-size", "128"]
+    plain, scaled = read_command(words), read_command([*words, "--scale-lr"])
+    assert plain.notes == ("batch_size 256 -> 128: lr stays 0.03 (--scale-lr: 0.015)",)
+    assert scaled.notes == ("batch_size 256 -> 128: lr 0.03 -> 0.015",)
+    assert (plain.config.lr, scaled.config.lr) == (0.03, 0.015)
+    assert read_command(["DIR", "--config", recipe]).notes == ()
+
+
+def test_fewer_than_8_groups_are_said(capsys):
+    config = PretrainConfig(batch_size=32, K=32, device="cpu")
+    assert check(config, 40).bn_groups == 4
+    assert capsys.readouterr().out.startswith("batch norm in 4 groups of 8 images")
+    assert check(replace(config, bn_groups=2), 40).bn_groups == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """More images than the reference's queue has keys; a file has as many names as it can."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    for label in "ab":
+        first = folder / "train" / label / "0.png"
+        first.parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(first)
+        for i in range(1, 33_000):
+            os.link(first, first.with_name(f"{i}.png"))
+    return folder
+
+
+V1 = "-a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 "
+V1 += "--multiprocessing-distributed --world-size 1 --rank 0"
+
+
+@pytest.mark.parametrize(
+    ("line", "method"), [(V1, "MoCo v1"), (f"{V1} --mlp --moco-t 0.2 --aug-plus --cos", "MoCo v2")]
+)
+def test_the_references_documented_command_lines_run(script, tmp_path, many, line, method):
+    done = script(
+        "pretrain/main_moco.py", *line.split(), many, "--max-steps", 1, "--batch-size", 16, "-j", 1
+    )
     assert done.returncode == 0, done.stderr
-    assert f"at step {saved} of {saved + 2}" in done.stdout
+    assert done.stdout.startswith(f"{method}, resnet50, on {many}/train (66000 images)")
+    (path,) = tmp_path.glob("output/pretrain/*/checkpoint_0000.pth.tar")
+    state = torch.load(path, weights_only=True, mmap=True)["state_dict"]
+    assert state["module.queue"].shape == (128, 65536)
+    assert len(state) == {"MoCo v1": 642, "MoCo v2": 646}[method]
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(script, pictures):

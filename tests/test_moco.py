@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pretrain.config import PretrainConfig
+from pretrain.contrast import Batch, contrastive_logits, contrastive_loss
 from pretrain.encoders import build_encoder
-from pretrain.moco import MoCo, contrastive_logits, contrastive_loss
+from pretrain.moco import MoCo
 from tests.reference import info_nce
 
 
@@ -14,10 +16,26 @@ def unit(rows: int, length: int, seed: int) -> torch.Tensor:
     return functional.normalize(torch.randn(rows, length, generator=draw), dim=1)
 
 
-def small(**changes) -> MoCo:
-    settings = {"dim": 16, "K": 32, "m": 0.99, "tau": 0.2, "mlp": True, "bn_groups": 2} | changes
+def small(groups=2, method=MoCo, **changes):
+    settings = {"arch": "resnet18", "dim": 16, "K": 32, "m": 0.99, "tau": 0.2, "mlp": True}
+    config = PretrainConfig(**settings | {"batch_size": 16} | changes)
     torch.manual_seed(0)
-    return MoCo("resnet18", **settings, generator=torch.Generator().manual_seed(0))
+    model = method(config, images=40, groups=groups)
+    model.settle(torch.device("cpu"))
+    return model
+
+
+def batch_of(*views, step=0):
+    return Batch(list(views), torch.arange(len(views[0])), seed=0, step=step)
+
+
+def one_step(model, *views, step=0):
+    """Take a step forward and back; return the loss and the shares."""
+    total = torch.zeros(3)
+    for scored in model.contrast(batch_of(*views, step=step)):
+        scored.loss.backward()
+        total += torch.cat([scored.loss.detach().view(1), scored.values])
+    return total
 
 
 @pytest.mark.parametrize("K", [1, 64, 65536])
@@ -66,8 +84,7 @@ def test_both_encoders_start_equal_and_only_f_q_learns():
 
 def test_a_step_reaches_every_parameter_of_f_q_and_none_of_f_k():
     model = small()
-    images = torch.randn(2, 16, 3, 32, 32)
-    contrastive_loss(model(images[0], images[1], torch.randperm(16))[0]).backward()
+    one_step(model, *torch.randn(2, 16, 3, 32, 32))
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder_q.parameters())
     assert all(p.grad is None for p in model.encoder_k.parameters())
 
@@ -75,20 +92,26 @@ def test_a_step_reaches_every_parameter_of_f_q_and_none_of_f_k():
 def test_keys_enter_the_queue_in_the_order_of_the_images():
     model = small(m=1.0)
     im_q, im_k = torch.randn(2, 16, 3, 32, 32)
-    shuffle = torch.randperm(16, generator=torch.Generator().manual_seed(3))
+    shuffle = batch_of(im_q, im_k).shuffle(1)
     with torch.no_grad():
         k = functional.normalize(model.encoder_k(im_k[shuffle]), dim=1)
-        model(im_q, im_k, shuffle)
+    one_step(model, im_q, im_k)
     torch.testing.assert_close(model.queue[:, :16].T[shuffle], k, rtol=1e-4, atol=1e-5)
 
 
 def test_a_positive_is_the_images_own_key_whatever_the_shuffle():
-    model = small(bn_groups=1, m=1.0)  # one group: shuffling changes nothing but the order
     im_q, im_k = torch.randn(2, 16, 3, 32, 32)
-    orders = [torch.arange(16), torch.randperm(16)]
-    with torch.no_grad():
-        positives = [model(im_q, im_k, order)[0][:, 0] for order in orders]
-    torch.testing.assert_close(*positives, rtol=1e-4, atol=1e-4)
+    # One group: shuffling changes nothing but the order.
+    losses = [one_step(small(groups=1, m=1.0), im_q, im_k, step=step) for step in (0, 1)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(batch_of(im_q, step=0).shuffle(1), batch_of(im_q, step=1).shuffle(1))
+
+
+def test_shuffling_parts_a_query_from_the_group_of_its_key():
+    shuffle = batch_of(torch.zeros(64, 1)).shuffle(1)
+    assert sorted(shuffle.tolist()) == list(range(64))
+    together = (shuffle // 8 == torch.arange(64) // 8).float().mean()
+    assert together < 0.3  # by chance 1 of 8
 
 
 def test_the_queue_wraps_around_for_any_batch_and_k():
@@ -106,11 +129,27 @@ def test_the_current_keys_are_no_negatives_of_their_step():
     model = small()
     im_q, im_k = torch.randn(2, 16, 3, 32, 32)
     queue = model.queue.clone()
+    batch = batch_of(im_q, im_k)
     with torch.no_grad():
-        logits, _ = model(im_q, im_k, torch.arange(16))
-        model.train()
-        q = functional.normalize(model.encoder_q(im_q), dim=1)
-    torch.testing.assert_close(logits[:, 1:], q @ queue / 0.2, rtol=1e-4, atol=1e-4)
+        k = small().keys(batch, 1)  # a twin's: encoding moves statistics
+        q = functional.normalize(small().encoder_q(im_q), dim=1)
+    want = contrastive_loss(contrastive_logits(q, k, queue, 0.2))
+    torch.testing.assert_close(one_step(model, im_q, im_k)[0], want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.queue[:, :16], k.T)
+
+
+def test_symmetric_adds_the_swapped_loss_and_enqueues_both_views_keys():
+    views = torch.randn(2, 16, 3, 32, 32)
+    model = small(symmetric=True, K=64, m=1.0)
+    scored = list(model.contrast(batch_of(*views)))
+    there = list(small(K=64, m=1.0).contrast(batch_of(*views)))
+    assert len(scored) == 2
+    torch.testing.assert_close(scored[0].loss, there[0].loss)
+    assert scored[1].loss != scored[0].loss
+    assert int(model.queue_ptr) == 32
+    with torch.no_grad():
+        first = small(K=64, m=1.0).keys(batch_of(*views), 0)
+    torch.testing.assert_close(model.queue[:, :16].T, first, rtol=1e-4, atol=1e-5)
 
 
 def test_the_state_dict_has_the_references_names_and_order():
@@ -129,21 +168,16 @@ def test_the_state_dict_has_the_references_names_and_order():
 )
 def test_resnet50_has_the_published_size(mlp, parameters, keys):
     with torch.device("meta"):
-        model = MoCo(
-            "resnet50", dim=128, K=65536, m=0.999, tau=0.07, mlp=mlp, bn_groups=1, generator=None
-        )
+        model = MoCo(PretrainConfig(mlp=mlp), images=1, groups=1)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (trained, len(model.state_dict())) == (parameters, keys)
 
 
 def test_own_keys_are_told_from_the_batchs_others():
-    model = small(m=1.0).eval()  # eval: an image's embedding does not depend on the batch
     images = torch.randn(16, 3, 32, 32)
-    with torch.no_grad():
-        _, same = model(images, images, torch.randperm(16))
-        _, other = model(images, images.roll(1, dims=0), torch.randperm(16))
-    assert same.all()
-    assert not other.any()
+    for other, share in ((images, 1.0), (images.roll(1, dims=0), 0.0)):
+        model = small(m=1.0).eval()  # eval: an image's embedding does not depend on the batch
+        assert float(one_step(model, images, other)[2]) == share
 
 
 @pytest.mark.parametrize(("arch", "norm"), [("resnet18", "bn2"), ("resnet50", "bn3")])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from convert.errors import UserError
-from pretrain.norm import SplitBatchNorm, choose_groups
+from pretrain.norm import GlobalBatchNorm, SplitBatchNorm, choose_groups
 from tests.reference import batch_norm_per_process
 
 
@@ -55,12 +55,40 @@ def test_a_batch_that_cannot_be_cut_is_refused():
 @pytest.mark.parametrize(
     ("batch", "groups"), [(256, 8), (64, 8), (32, 4), (48, 6), (20, 2), (16, 2)]
 )
-def test_groups_keep_8_images(batch, groups):
-    assert choose_groups(batch, 8) == groups
+def test_one_process_has_8_groups_or_as_many_as_keep_8_images(batch, groups):
+    assert choose_groups(batch) == groups
+
+
+def test_several_processes_have_one_group_each():
+    assert choose_groups(16, processes=4) == 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "wanted", "processes", "line"),
+    [
+        (2, 4, 1, "batch of 2: is below its 4 batch norm groups"),
+        (30, 4, 1, "batch of 30 on 1 processes in 4 batch norm groups"),
+        (30, 0, 4, "batch of 30 on 4 processes in 4 batch norm groups"),
+        (32, 2, 4, "want groups that are a multiple of the processes"),
+    ],
+)
+def test_groups_that_do_not_fit_batch_and_processes_are_refused(batch, wanted, processes, line):
+    with pytest.raises(UserError, match=line):
+        choose_groups(batch, wanted, processes=processes)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 15, 17])
-def test_a_single_group_needs_leak(batch):
+def test_a_single_group_needs_leak_where_it_leaks(batch):
     with pytest.raises(UserError, match="--leak"):
-        choose_groups(batch, 8)
-    assert choose_groups(batch, 8, leak=True) == 1
+        choose_groups(batch)
+    assert choose_groups(batch, leak=True) == 1
+    assert choose_groups(batch, leaks=False) == 1
+    with pytest.raises(UserError, match="--leak"):
+        choose_groups(64, 1)
+
+
+def test_on_one_process_a_norm_of_the_whole_batch_is_a_plain_one():
+    x = torch.randn(8, 3, 4, 4)
+    plain, whole = nn.BatchNorm2d(3), GlobalBatchNorm(3)
+    assert torch.equal(plain(x), whole(x))
+    assert torch.equal(plain.running_var, whole.running_var)

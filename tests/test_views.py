@@ -9,7 +9,7 @@ from pretrain.sources import ImageList
 from pretrain.views import (
     AUGMENTATIONS,
     Augmentation,
-    TwoViews,
+    Views,
     augment,
     crop_box,
     epoch_order,
@@ -94,7 +94,7 @@ def folder_of(image, folder, count=3):
 
 def test_a_view_depends_on_seed_epoch_image_and_view_alone(image, tmp_path):
     images = folder_of(image, tmp_path)
-    views = TwoViews(images, AUGMENTATIONS["v2"], 32, seed=0)
+    views = Views(images, AUGMENTATIONS["v2"], 32, seed=0)
     first = views[0, 0]
     random.seed(5)
     torch.manual_seed(5)
@@ -102,13 +102,13 @@ def test_a_view_depends_on_seed_epoch_image_and_view_alone(image, tmp_path):
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     others = [views[1, 0][0], views[0, 1][0], first[1]]
-    others.append(TwoViews(images, AUGMENTATIONS["v2"], 32, seed=1)[0, 0][0])
+    others.append(Views(images, AUGMENTATIONS["v2"], 32, seed=1)[0, 0][0])
     assert not any(torch.equal(first[0], other) for other in others)
 
 
 def test_views_are_normalised(tmp_path):
     gray = Image.new("RGB", (32, 32), (124, 116, 104))  # ImageNet's mean, nearly
-    view = TwoViews(folder_of(gray, tmp_path), OFF, 32, seed=0)[0, 0][0]
+    view = Views(folder_of(gray, tmp_path), OFF, 32, seed=0)[0, 0][0]
     assert view.shape == (3, 32, 32)
     assert view.abs().max() < 0.02
 

@@ -1,0 +1,185 @@
+"""What a run can be: every value in its range, batch, groups and set fitting each other."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from convert.errors import UserError
+from convert.resnets import CIFAR_STEM, IMAGENET_STEM, find_arch
+from pretrain import distributed
+from pretrain.config import PretrainConfig
+from pretrain.contrast import Contrast
+from pretrain.dictionaries import find_method
+from pretrain.encoders import WHOLE_BATCH
+from pretrain.norm import PAPERS_GROUPS, choose_groups
+from pretrain.views import AUGMENTATIONS
+
+
+def check(
+    config: PretrainConfig, images: int, settled: Mapping[str, Any] | None = None
+) -> PretrainConfig:
+    """Return the config with every default that depends on the machine filled in.
+
+    Args:
+        config: as a user gave it.
+        images: in the training set.
+        settled: what a run that is gone on with was started with, in place of such defaults.
+
+    Raises:
+        UserError: a value outside its range, sizes that do not fit each other or the set.
+    """
+    _check_ranges(config)
+    find_arch(config.arch)
+    method = find_method(config.dictionary)
+    _check_sizes(config, method, images)
+    device = best_device(config.device)
+    workers = config.workers
+    if workers < 0:
+        workers = min(32, max(1, (os.cpu_count() or 1) - 1))
+    if settled and not config.bn_groups:
+        config = replace(config, bn_groups=settled["bn_groups"])
+    config = replace(
+        config,
+        device=device,
+        precision=config.precision or ("bf16" if _has_bf16(device) else "fp32"),
+        workers=workers,
+        bn_groups=_groups(config, method),
+    )
+    groups_of_a_pass(config)
+    return config
+
+
+def best_device(wanted: str) -> str:
+    """Return the device asked for, or the best at hand.
+
+    Raises:
+        UserError: it is not at hand.
+    """
+    if wanted not in {"", "cpu", "cuda"}:
+        raise UserError(f"device is '{wanted}', want one of cpu, cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: no CUDA device is at hand; want --device cpu")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def groups_of_a_pass(config: PretrainConfig) -> int:
+    """Return the batch norm groups of one forward pass on one process.
+
+    Raises:
+        UserError: the groups of a process cannot be shared out among the parts of a step.
+    """
+    processes = distributed.size()
+    method = find_method(config.dictionary)
+    if config.accumulate > 1 and not method.accumulates:
+        raise UserError(
+            f"accumulate {config.accumulate}: {config.method} holds a batch against itself, which "
+            "cannot be cut; want 1, and more processes for a large batch"
+        )
+    if method.whole_batch_norm or (config.bn_groups == 1 and processes > 1):
+        mine, groups = 1, WHOLE_BATCH
+    else:
+        mine = config.bn_groups // processes
+        groups = mine // config.accumulate
+    if mine % config.accumulate:
+        raise UserError(
+            f"accumulate {config.accumulate}: a process has {mine} batch norm groups; want parts "
+            "that hold whole groups: a divisor of them"
+        )
+    return groups
+
+
+def _groups(config: PretrainConfig, method: type[Contrast]) -> int:
+    processes = distributed.size()
+    if method.whole_batch_norm:
+        if config.bn_groups not in {0, 1} or config.batch_size % processes:
+            raise UserError(
+                f"batch of {config.batch_size} on {processes} processes in {config.bn_groups} "
+                f"batch norm groups: {config.method} has one over all processes, of equal shares"
+            )
+        return 1
+    groups = choose_groups(
+        config.batch_size,
+        config.bn_groups,
+        processes=processes,
+        leak=config.leak,
+        leaks=method.leaks,
+    )
+    if not config.bn_groups and processes == 1 and groups < PAPERS_GROUPS:
+        distributed.say(
+            f"batch norm in {groups} groups of {config.batch_size // groups} images: more than "
+            f"{groups} would leave fewer than 8 a group"
+        )
+    return groups
+
+
+def _check_ranges(config: PretrainConfig) -> None:
+    allowed = {
+        "augmentation": tuple(AUGMENTATIONS),
+        "schedule": ("step", "cos", "decay"),
+        "schedule_unit": ("epochs", "iterations"),
+        "optimizer": ("sgd", "lars"),
+        "stem": (IMAGENET_STEM, CIFAR_STEM),
+        "precision": ("", "fp32", "bf16"),
+    }
+    for key, choices in allowed.items():
+        if getattr(config, key) not in choices:
+            wanted = ", ".join(choice for choice in choices if choice)
+            raise UserError(f"{key} is '{getattr(config, key)}', want one of {wanted}")
+    ranges = {
+        "m": 0 <= config.m <= 1,
+        "bank_momentum": 0 <= config.bank_momentum <= 1,
+        "momentum": 0 <= config.momentum <= 1,
+        "tau": config.tau > 0,
+        "K": config.K > 0,
+        "dim": config.dim > 0,
+        "batch_size": config.batch_size > 0,
+        "accumulate": config.accumulate > 0,
+        "epochs": config.epochs > 0,
+        "image_size": config.image_size >= 32,
+        "print_freq": config.print_freq > 0,
+        "crop_scale": len(config.crop_scale) == 2
+        and 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1,
+        "decay_every": config.decay_every > 0 or config.schedule != "decay",
+        "start_epoch": 0 <= config.start_epoch < config.epochs or config.iterations > 0,
+    }
+    never_negative = "lr weight_decay max_steps residual_gamma keep bn_groups iterations gamma"
+    for key in [*never_negative.split(), "warmup_epochs", "warmup_iterations"]:
+        ranges[key] = getattr(config, key) >= 0
+    wrong = [f"{key} {getattr(config, key)}" for key, good in ranges.items() if not good]
+    if wrong:
+        raise UserError(
+            f"out of range: {', '.join(wrong)}; momenta are in [0, 1], temperature, sizes and "
+            "counts above 0, image_size 32 or more, start_epoch below epochs"
+        )
+    if not re.fullmatch(r"(\d*[1-9]\d*m?)?", config.checkpoint_every):
+        raise UserError(
+            f"checkpoint_every '{config.checkpoint_every}': want steps, as 500, or minutes, as 5m"
+        )
+
+
+def _check_sizes(config: PretrainConfig, method: type[Contrast], images: int) -> None:
+    if config.batch_size > images:
+        raise UserError(
+            f"batch of {config.batch_size}: the set has {images} images; lower --batch-size"
+        )
+    if not method.holds_keys:
+        return
+    if config.K < config.batch_size:
+        raise UserError(f"K {config.K}: is below the batch of {config.batch_size}; raise --moco-k")
+    if config.K >= images and not config.allow_small_set:
+        raise UserError(
+            f"K {config.K}: the set has {images} images, so the negatives would hold older keys of "
+            "the positives; lower --moco-k, or --allow-small-set to do it anyway"
+        )
+
+
+def _has_bf16(device: str) -> bool:
+    """Tell whether this hardware multiplies bfloat16 natively; elsewhere it would be slower."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
