@@ -20,7 +20,7 @@ from convert.proof import can_prove, prove
 from convert.reading import check_file, read_file
 from convert.released import locate
 from convert.resnets import IMAGENET_STEM
-from convert.settings import HEADER, detectron2_settings, has_c4, settings_yaml
+from convert.settings import HEADER, detectron2_settings, settings_yaml
 
 WEIGHTS_LINK = Path("output/weights.pkl")  # what the *_moco.yaml recipes name as MODEL.WEIGHTS
 AUTHOR = "MoCo Transfer"
@@ -243,7 +243,6 @@ def _certify(backbone: Backbone, arrays: Mapping[str, np.ndarray], output: Path)
     expected = len(arrays) - counters
     proof: dict[str, Any] = {"ran": can_prove(), "detectron2": detectron2_version()}
     proof["reason"] = None if proof["ran"] else "Detectron2 is not installed (see README, Install)"
-    proof["c4_possible"] = has_c4(facts.arch)
     if proof["ran"]:
         proof |= prove(backbone, arrays)
     return {

@@ -64,10 +64,7 @@ def export(
         return _existing(output, record)
     loaded = load_backbone(source, options)
     backbone = _as_torchvision(loaded)
-    record |= {
-        "flipped": backbone.facts.pixels != loaded.facts.pixels,
-        "digest": weights_digest(backbone.weights),
-    }
+    record["flipped"] = backbone.facts.pixels != loaded.facts.pixels
     with atomic_write(output) as temporary:
         temporary.write_bytes(_serialised(backbone, record, output.suffix))
         _prove(temporary, backbone, output)
@@ -162,7 +159,7 @@ def _existing(output: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         extra = content.metadata or getattr(content.values, "_metadata", {})
         made, facts = json.loads(extra[RECORD_KEY]), Facts.from_dict(json.loads(extra[EXTRA_KEY]))
         same = all(made[key] == value for key, value in record.items())
-        if same and made["digest"] == weights_digest(content.values):
+        if same and facts.digest == weights_digest(content.values):
             return _report(facts, made, len(content.values), output, already=True)
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         pass  # whatever it is, it is not ours

@@ -351,7 +351,7 @@ def _leaves(
         return
     seen.add(id(values))
     for key, value in values.items():
-        name = key if isinstance(key, str) else repr(type(key))
+        name = key if isinstance(key, str) else _word(key)
         if isinstance(value, Tensor):
             yield path, name, value
         elif isinstance(value, np.ndarray | PickledArray):
@@ -360,6 +360,14 @@ def _leaves(
                 yield path, name, _from_numpy(array)
         elif isinstance(value, Mapping) and len(path) < DEEPEST and not NO_WEIGHTS.match(name):
             yield from _leaves(value, (*path, name), seen)
+
+
+def _word(key: Any) -> str:
+    """Return a name for a key that is no string; Python refuses to write very long numbers."""
+    try:
+        return repr(key)
+    except ValueError:
+        return f"a {type(key).__name__}"
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:

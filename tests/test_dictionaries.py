@@ -233,7 +233,7 @@ LEARNING = {
 
 @pytest.mark.parametrize("dictionary", LEARNING)
 def test_each_method_learns_on_the_embedded_set_and_its_checkpoint_travels_on(dictionary, tmp_path):
-    images, val = open_set("embedded")
+    images, _ = open_set("embedded")
     config = PretrainConfig(
         **{
             "data": "embedded", "dictionary": dictionary, "arch": "resnet18", "mlp": True,
@@ -249,10 +249,10 @@ def test_each_method_learns_on_the_embedded_set_and_its_checkpoint_travels_on(di
     chance = 100 / config.batch_size
     assert lines[-1]["batch_top1"] > 2 * chance, lines
     found = load_backbone(path)
-    vote = KnnMonitor(_tenth(images), _tenth(val), 32)
+    vote = KnnMonitor(_tenth(images), _tenth(images), 32)
     network = build_resnet(found.facts.arch, found.weights)
-    # It votes; how well says nothing after 60 steps, where the vote is below random init's.
-    assert 0 <= vote(network, torch.device("cpu")) <= 100
+    # 60 steps teach no classes; among the bank's own images each must find itself.
+    assert vote(network, torch.device("cpu")) > 50
     assert found.facts.method == {"queue": "MoCo v2"}.get(dictionary, config.method)
     state = torch.load(path, weights_only=True)["state_dict"]
     assert all(

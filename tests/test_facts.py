@@ -248,6 +248,12 @@ def test_damaged_facts_are_none(tmp_path):
         assert load_backbone(tmp_path / "a.pth").facts.layout == "torchvision"
 
 
+def test_keys_that_are_no_words_change_nothing(tmp_path):
+    beside = {0: torch.zeros(1), 1: torch.ones(1), (2, 3): torch.ones(2), 10**5000: torch.ones(3)}
+    torch.save({"state_dict": flat(), "shadow": beside}, tmp_path / "a.pth")
+    assert load_backbone(tmp_path / "a.pth").facts.dropped == 4
+
+
 def test_a_stem_of_cifar_is_not_said_to_want_imagenets_pixels(tmp_path):
     state = {f"encoder_q.{name}": tensor for name, tensor in flat().items()}
     state |= {"queue": torch.ones(2, 2), "encoder_q.conv1.weight": torch.ones(64, 3, 3, 3)}

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
-from convert.backbone import RANDOM, Backbone, load_backbone, random_backbone
+from convert.backbone import (
+    RANDOM,
+    Backbone,
+    load_backbone,
+    random_backbone,
+    weights_digest,
+)
 from convert.errors import UserError
 from convert.files import atomic_write
 from convert.pixels import Pixels
@@ -103,7 +109,7 @@ class FrozenNetwork:
             RuntimeError: one differs, so whatever was measured is not about these weights.
         """
         now = {k: v.cpu() for k, v in self.resnet.state_dict().items()}
-        if digest(now) != digest(self.backbone.weights):
+        if weights_digest(now) != weights_digest(self.backbone.weights):
             raise RuntimeError(
                 "the frozen backbone changed during the evaluation; its number is void"
             )
@@ -265,15 +271,6 @@ def frozen_features(
     return features
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Hash names and bytes of tensors, whatever their memory layout."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
 def _compute(
     network: FrozenNetwork, images: ImageList, config: ProbeConfig, request: Request, what: str
 ) -> Features:
@@ -294,7 +291,7 @@ def _cache_key(network: FrozenNetwork, images: ImageList, config: ProbeConfig) -
     dates = hashlib.sha256(repr([path.stat().st_mtime_ns for path in images.paths]).encode())
     return {
         "version": CACHE_VERSION,
-        "weights": digest(network.backbone.weights),
+        "weights": weights_digest(network.backbone.weights),
         "listing": images.listing_hash(),
         "dates": dates.hexdigest(),
         "view": [config.resize, config.image_size],

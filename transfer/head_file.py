@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from convert.backbone import Backbone
+from convert.backbone import Backbone, weights_digest
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
 from convert.files import atomic_write, write_text
 from transfer.classification import refuse_other_run
-from transfer.features import digest
 from transfer.heads import Head, Standardizer
 
 FILE_NAME = "checkpoint.pth.tar"
@@ -98,7 +97,7 @@ class HeadFile:
         fc = {
             k.removeprefix(FC_PREFIX): state.pop(k) for k in list(state) if k.startswith(FC_PREFIX)
         }
-        if digest(state) != digest(self.backbone.weights):
+        if weights_digest(state) != weights_digest(self.backbone.weights):
             raise UserError(f"{path}: its backbone is not that of {self.backbone.facts.name}")
         ours = content.get(EXTRA_KEY)
         if ours is not None:
