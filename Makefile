@@ -39,11 +39,14 @@ detectron2:
 demo: install
 	$(BIN)/python benchmarks/suite.py --suite quick
 
+# One thread each: two workers that share two cores would wait for each other's threads.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 check: install
 	$(BIN)/ruff format --check $(CODE)

@@ -16,7 +16,15 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["convert", "pretrain", "transfer", "benchmarks", "benchmarks.speed"],
+    packages=[
+        "benchmarks",
+        "benchmarks.speed",
+        "convert",
+        "pretrain",
+        "transfer",
+        "transfer.classification",
+        "transfer.detection",
+    ],
     package_data={"benchmarks": ["suites/*.yaml", "published/*.yaml"]},
     install_requires=[
         # Below 2.10 weights_only loading has known holes: CVE-2025-32434, CVE-2026-24747.
@@ -50,6 +58,7 @@ setup(
             "mypy",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "types-PyYAML",
             "types-tqdm",

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 from convert.errors import UserError
 from convert.files import ROOT
 from pretrain.embedded import embedded_root
-from transfer import datasets
+from transfer.detection import datasets
 
 SHARED = ROOT.parent / "shared" / "data"  # small photo sets beside the checkout; not ours to commit
 COCO_NAMES = ("coco_2017_train", "coco_2017_val")
@@ -33,7 +33,9 @@ def own_name(request):
 
 
 def test_importing_datasets_does_not_import_detectron2_or_torch() -> None:
-    code = "import sys, transfer.datasets; print({'detectron2', 'torch'} & set(sys.modules))"
+    code = (
+        "import sys, transfer.detection.datasets; print({'detectron2', 'torch'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n"
 

@@ -8,15 +8,15 @@ from convert.pixels import Pixels
 from pretrain.sources import image_folder
 from pretrain.views import Augmentation
 from tests.small_sets import write_images, write_resnet18
-from transfer.classification import ProbeConfig, Request
-from transfer.features import (
+from transfer.classification.features import (
     FrozenNetwork,
     Views,
     frozen_features,
     open_backbone,
-    open_sets,
     pick_device,
 )
+from transfer.classification.request import ProbeConfig, Request
+from transfer.classification.sets import open_sets
 
 CPU = torch.device("cpu")
 CROPS = Augmentation(jitter_p=0, gray_p=0)

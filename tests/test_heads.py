@@ -5,8 +5,8 @@ import torch
 
 from convert.errors import UserError
 from convert.progress import Progress
-from transfer.features import Features
-from transfer.heads import (
+from transfer.classification.features import Features
+from transfer.classification.heads import (
     Head,
     LinearConfig,
     Standardizer,

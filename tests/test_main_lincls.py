@@ -16,10 +16,11 @@ from pretrain.config import load_config
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
 from tests.small_sets import write_images, write_resnet18
-from transfer import linear, main_lincls
-from transfer.classification import ProbeConfig
-from transfer.features import Features, Views
-from transfer.heads import LinearConfig, Standardizer, score
+from transfer import main_lincls
+from transfer.classification import linear
+from transfer.classification.features import Features, Views
+from transfer.classification.heads import LinearConfig, Standardizer, score
+from transfer.classification.request import ProbeConfig
 
 CACHED = ["features", "cached", "standardize", "true", "image_size", "32"]
 AUGMENTED = ["features", "augmented", "image_size", "32"]
@@ -88,7 +89,7 @@ def test_a_backbone_that_moves_voids_the_number(weights, images, tmp_path, monke
         self.resnet.bn1.train()
         return self.trunk(images)
 
-    monkeypatch.setattr("transfer.features.FrozenNetwork.__call__", moving)
+    monkeypatch.setattr("transfer.classification.features.FrozenNetwork.__call__", moving)
     with pytest.raises(RuntimeError, match="the frozen backbone changed"):
         run(weights, images, tmp_path / "out", "--epochs", 1, *AUGMENTED)
     assert not (tmp_path / "out/results.json").exists()

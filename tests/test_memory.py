@@ -9,8 +9,8 @@ from torch import nn
 
 from convert.errors import UserError
 from convert.files import ROOT
-from transfer import memory
-from transfer.recipes import load_recipe
+from transfer.detection import memory
+from transfer.detection.recipes import load_recipe
 
 COCO = ROOT / "configs" / "coco_R50_C4_1x_moco.yaml"
 LANDSCAPE = [{"height": 480, "width": 640}]

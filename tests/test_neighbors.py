@@ -4,8 +4,8 @@ import torch
 from convert.errors import UserError
 from pretrain import monitor
 from tests import reference
-from transfer.features import Features
-from transfer.neighbors import KnnConfig, knn_accuracies, nearest, vote
+from transfer.classification.features import Features
+from transfer.classification.neighbors import KnnConfig, knn_accuracies, nearest, vote
 
 
 def drawn(count, seed, classes=5, width=16):

@@ -9,8 +9,8 @@ from detectron2.config import get_cfg
 from convert.errors import UserError
 from convert.files import ROOT
 from convert.pixels import IMAGENET_PIXELS
-from transfer import recipes
-from transfer.recipes import add_config, fit_to_machine, flatten, load_recipe, protocol
+from transfer.detection import recipes
+from transfer.detection.recipes import add_config, fit_to_machine, flatten, load_recipe, protocol
 
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))

@@ -84,7 +84,7 @@ def test_the_yaml_loads_in_detectron2_and_fits_the_backbone(tmp_path, monkeypatc
     pytest.importorskip("detectron2")
     from detectron2.config import get_cfg
 
-    from transfer.recipes import flatten
+    from transfer.detection.recipes import flatten
 
     monkeypatch.chdir(tmp_path)
     convert(moco_v2_file, tmp_path / "out.pkl")

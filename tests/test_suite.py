@@ -458,7 +458,7 @@ def test_a_key_holds_the_code_that_runs_and_the_libraries(tmp_path, monkeypatch)
     first = keys()
     (tmp_path / "benchmarks/page.py").touch()
     assert changed(first) == set()
-    (tmp_path / "transfer/heads.py").touch()
+    (tmp_path / "transfer/results.py").touch()
     assert changed(first) == {name for name in first if "/" in name}
     second = keys()
     (tmp_path / "convert/names.py").touch()

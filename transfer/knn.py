@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run as a file: our root, not this folder, comes
 
 from convert.errors import Parser, run_script
 from pretrain.config import join_resume, load_config
-from transfer.classification import add_flags, flags_of, read_request
+from transfer.classification.request import add_flags, flags_of, read_request
 from transfer.results import format_metrics
 
 
@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(join_resume(words))
     request, pairs = read_request(args, "knn")
 
-    from transfer.neighbors import KnnConfig, evaluate  # torch: after --help and bad flags
+    from transfer.classification.neighbors import (  # torch: after --help and bad flags
+        KnnConfig,
+        evaluate,
+    )
 
     config = load_config(KnnConfig, args.config, flags_of(KnnConfig, args), pairs)
     print(format_metrics(evaluate(config, request)))

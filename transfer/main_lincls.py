@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a file: our root, not this folder, comes
 
 from convert.errors import Parser, run_script
 from pretrain.config import join_resume, load_config
-from transfer.classification import add_flags, flags_of, read_request
+from transfer.classification.request import add_flags, flags_of, read_request
 from transfer.results import format_metrics
 
 
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         args.device = f"cuda:{args.gpu}"
     request, pairs = read_request(args, "linear")
 
-    from transfer.heads import LinearConfig  # torch: after --help and bad flags
-    from transfer.linear import evaluate
+    from transfer.classification.heads import LinearConfig  # torch: after --help and bad flags
+    from transfer.classification.linear import evaluate
 
     config = load_config(LinearConfig, args.config, flags_of(LinearConfig, args), pairs)
     print(format_metrics(evaluate(config, request, only_score=args.evaluate)))

@@ -54,7 +54,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, check, and hand over to transfer/detection_job.py."""
+    """Parse, check, and hand over to transfer/detection/job.py."""
     words = join_resume(sys.argv[1:] if argv is None else argv)
     args = parser().parse_intermixed_args(words)
     if importlib.util.find_spec("detectron2") is None:
@@ -62,10 +62,9 @@ def main(argv: list[str] | None = None) -> int:
             "Detectron2 is not installed: run make install in the checkout, or pip install "
             "--no-build-isolation git+https://github.com/facebookresearch/detectron2.git"
         )
-    from transfer import (
-        detection_job,
-        recipes,
-    )  # Detectron2 takes seconds: --help does not wait for it
+    # Detectron2 takes seconds: --help does not wait for it.
+    from transfer.detection import job as detection_job
+    from transfer.detection import recipes
 
     flags = [(key, getattr(args, flag)) for flag, key in KEYS.items()]
     pairs = [word for key, value in flags if value is not None for word in (key, value)]

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from convert.errors import UserError
 from convert.progress import Progress
 from pretrain.views import Augmentation, epoch_order, generator
-from transfer.classification import ProbeConfig, require_at_least, require_one_of
-from transfer.features import Features, FrozenNetwork, Views
+from transfer.classification.features import Features, FrozenNetwork, Views
+from transfer.classification.request import ProbeConfig, require_at_least, require_one_of
 
 LR_DECAY = 0.1  # at each step of the schedule
 INIT_STD = 0.01  # of the classifier's weights; its bias starts at 0

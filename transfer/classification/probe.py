@@ -7,15 +7,15 @@ from typing import Any
 
 from convert.backbone import RANDOM
 from pretrain.config import as_dict
-from transfer.classification import ProbeConfig, Request, claim_folder
-from transfer.features import (
+from transfer.classification.features import (
     Features,
     FrozenNetwork,
     frozen_features,
     open_backbone,
-    open_sets,
     pick_device,
 )
+from transfer.classification.request import ProbeConfig, Request, claim_folder
+from transfer.classification.sets import open_sets
 from transfer.results import write_results
 
 

@@ -26,20 +26,19 @@ from convert import released
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
 from convert.files import output_folder, write_text
-from transfer import datasets, memory, recipes
-from transfer.detection import (
+from transfer.detection import datasets, memory, recipes
+from transfer.detection.evaluation import evaluate, find_task
+from transfer.detection.pictures import draw_detections
+from transfer.detection.trainer import Trainer
+from transfer.detection.weights import (
     CHECKPOINT_FILE,
     FINAL_FILE,
-    Trainer,
     build_detector,
-    evaluate,
     fill_backbone,
-    find_task,
     load_detector,
     read_torch,
     start_facts,
 )
-from transfer.pictures import draw_detections
 from transfer.results import FILE_NAME, format_metrics, write_results
 
 CONFIG_FILE = "config.yaml"

@@ -7,15 +7,14 @@ from typing import Any
 
 from convert.errors import Stopped, UserError
 from convert.progress import Progress
-from transfer.classification import Request
-from transfer.features import (
+from transfer.classification.features import (
     Features,
     FrozenNetwork,
     Views,
     reading_processes,
 )
-from transfer.head_file import HeadFile
-from transfer.heads import (
+from transfer.classification.head_file import HeadFile
+from transfer.classification.heads import (
     INIT_STD,
     LR_DECAY,
     TRAIN_VIEW,
@@ -30,7 +29,8 @@ from transfer.heads import (
     standardized,
     train_head,
 )
-from transfer.probe import Probe
+from transfer.classification.probe import Probe
+from transfer.classification.request import Request
 
 AUTO = "auto"
 # Multiply-adds of a step below which waking a second thread costs more than it brings: beside

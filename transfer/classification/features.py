@@ -31,33 +31,14 @@ from convert.files import atomic_write
 from convert.pixels import Pixels
 from convert.progress import Progress
 from convert.resnets import ARCHS
-from pretrain.embedded import embedded_root
-from pretrain.sources import ImageList, image_folder, train_folder
+from pretrain.sources import ImageList
 from pretrain.views import Augmentation, augment
-from transfer.classification import STAGES, ProbeConfig, Request, require_one_of
+from transfer.classification.request import STAGES, ProbeConfig, Request, require_one_of
 
 CACHE_VERSION = 1  # raise it when the same key would hold other numbers
 GPU_WORKERS = 8
 IMAGES_AT_ONCE = {"cpu": 64, "cuda": 256}  # more is no faster, and costs memory
 Item = tuple[int, int]  # (epoch, index of the image)
-
-
-@dataclass(frozen=True)
-class Sets:
-    """A classification set: the images to learn from and the images to be judged on."""
-
-    name: str
-    train: ImageList
-    val: ImageList
-
-    def as_dict(self) -> dict[str, Any]:
-        """Describe the set for a record."""
-        parts = {"train": self.train, "val": self.val}
-        described = {
-            name: {"images": len(part), "listing": part.listing_hash()}
-            for name, part in parts.items()
-        }
-        return {"name": self.name, "classes": len(self.train.classes), **described}
 
 
 @dataclass(frozen=True)
@@ -174,27 +155,6 @@ class Views(Dataset[tuple[Tensor, int] | UserError]):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-
-
-def open_sets(folder: Path | None) -> Sets:
-    """List the images of a folder with `train/` and `val/`, or of the embedded digits.
-
-    Raises:
-        UserError: a folder is missing, unreadable or empty, or the two have different classes.
-    """
-    root = embedded_root() / "digits" if folder is None else folder
-    train = image_folder(train_folder(root))
-    if not (root / "val").is_dir():
-        raise UserError(f"images {root}: has no val/ in it; want {root}/val/CLASS/IMAGE.jpg")
-    val = image_folder(root / "val")
-    if train.classes != val.classes:
-        only = {
-            name: sorted(set(a.classes) - set(b.classes))
-            for name, a, b in (("train", train, val), ("val", val, train))
-        }
-        found = "; ".join(f"only in {k}/: {', '.join(v[:3])}" for k, v in only.items() if v)
-        raise UserError(f"images {root}: train/ and val/ have different class folders ({found})")
-    return Sets("embedded digits" if folder is None else str(folder), train, val)
 
 
 def open_backbone(request: Request, seed: int) -> Backbone:

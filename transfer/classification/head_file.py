@@ -19,8 +19,8 @@ from convert.backbone import Backbone, weights_digest
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
 from convert.files import atomic_write, write_text
-from transfer.classification import refuse_other_run
-from transfer.heads import Head, Standardizer
+from transfer.classification.heads import Head, Standardizer
+from transfer.classification.request import refuse_other_run
 
 FILE_NAME = "checkpoint.pth.tar"
 LOG_NAME = "log.jsonl"

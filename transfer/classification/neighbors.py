@@ -14,9 +14,9 @@ from torch.nn.functional import normalize
 
 from convert.errors import UserError
 from pretrain.views import generator
-from transfer.classification import ProbeConfig, Request, require_at_least
-from transfer.features import Features
-from transfer.probe import Probe
+from transfer.classification.features import Features
+from transfer.classification.probe import Probe
+from transfer.classification.request import ProbeConfig, Request, require_at_least
 
 QUERIES_AT_ONCE = 512
 BANK_AT_ONCE = 32768  # with the above: 64 MiB of similarities, however large the bank

@@ -1,0 +1,188 @@
+"""Weights land in Detectron2's real models whole, or not at all."""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import numpy as np
+import torch
+from torch import nn
+
+from convert.backbone import load_backbone
+from convert.errors import UserError
+from convert.facts import EXTRA_KEY
+from convert.names import to_detectron2
+from tests.detectors import COCO, CONFIGS, load
+from transfer.detection import weights
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A MoCo checkpoint in the reference's layout, of random weights."""
+    weights = load_backbone("random", seed=1).weights
+    state = {f"module.encoder_q.{name}": value for name, value in weights.items()}
+    state |= {"module.encoder_q.fc.weight": torch.zeros(128, 2048), "module.queue": torch.zeros(1)}
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint_0003.pth.tar"
+    torch.save({"epoch": 4, "arch": "resnet50", "state_dict": state}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pickled(checkpoint: Path) -> dict[str, Any]:
+    """What the converter writes, as a dictionary that a test may damage."""
+    backbone = load_backbone(checkpoint)
+    model = {to_detectron2(name): tensor.numpy() for name, tensor in backbone.weights.items()}
+    return {
+        "model": model,
+        "__author__": "MoCo Transfer",
+        "matching_heuristics": True,
+        EXTRA_KEY: {"facts": backbone.facts.as_dict()},
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return weights.build_detector(load())
+
+
+def write(folder: Path, content: dict[str, Any]) -> str:
+    path = folder / "weights.pkl"
+    path.write_bytes(pickle.dumps(content, protocol=3))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "parameters", "new"),
+    [
+        ("voc_R50_C4_24k_moco", 333, 33_234_160, 15),
+        ("coco_R50_C4_1x_moco", 337, 35_966_828, 19),
+    ],
+)
+def test_published_models_have_the_references_size_and_take_every_tensor(
+    file: str, keys: int, parameters: int, new: int, checkpoint: Path
+) -> None:
+    cfg = load(CONFIGS / f"{file}.yaml", "MODEL.WEIGHTS", str(checkpoint))
+    built = weights.build_detector(cfg)
+    state = built.state_dict()
+    assert len(state) == keys
+    assert sum(p.numel() for p in built.parameters() if p.requires_grad) == parameters
+    before = {key: value.clone() for key, value in state.items()}
+    facts = weights.fill_backbone(built, cfg)
+    assert facts["tensors_landed"] == 265
+    assert keys - 318 == new
+    changed = {key for key, value in built.state_dict().items() if not value.equal(before[key])}
+    assert not [key for key in changed if "rpn" in key or "predictor" in key or "res5.norm" in key]
+
+
+def test_a_converted_file_lands_bit_for_bit(model, pickled, tmp_path) -> None:
+    path = write(tmp_path, pickled)
+    facts = weights.fill_backbone(model, load(COCO, "MODEL.WEIGHTS", path))
+    state = model.state_dict()
+    for name, array in pickled["model"].items():
+        place = f"roi_heads.{name}" if name.startswith("res5") else f"backbone.{name}"
+        assert np.array_equal(state[place].numpy(), array), name
+    assert (facts["name"], facts["epoch"], facts["file"]) == ("checkpoint_0003.pth.tar", 4, path)
+    assert len(facts["sha256"]) == 64
+
+
+def test_a_checkpoint_and_its_conversion_give_the_same_detector(
+    model, checkpoint, pickled, tmp_path
+) -> None:
+    weights.fill_backbone(model, load(COCO, "MODEL.WEIGHTS", write(tmp_path, pickled)))
+    first = {key: value.clone() for key, value in model.state_dict().items()}
+    weights.fill_backbone(model, load(COCO, "MODEL.WEIGHTS", str(checkpoint)))
+    assert all(value.equal(first[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        ("missing", r"1 of 318 .* are missing, first 'layer2\.0\.conv2\.weight'"),
+        ("renamed", r"1 of 318 .* are missing, first 'layer2\.0\.conv2\.weight'"),
+        ("shaped", r"'layer2\.0\.conv2\.weight' \(found \(128, 128, 1, 1\), want \(128, 128, 3"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_nothing_lands(
+    model, pickled, tmp_path, damage: str, complaint: str
+) -> None:
+    name = "res3.0.conv2.weight"
+    arrays = {key: np.asarray(value + 1) for key, value in pickled["model"].items()}
+    if damage == "shaped":
+        arrays[name] = arrays[name][:, :, :1, :1]
+    else:
+        kept = arrays.pop(name)
+        if damage == "renamed":
+            arrays["res3.0.conv9.weight"] = kept
+    path = write(tmp_path, pickled | {"model": arrays})
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=complaint):
+        weights.fill_backbone(model, load(COCO, "MODEL.WEIGHTS", path))
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        ("INPUT.FORMAT", "BGR"),
+        ("MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"),
+        ("MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]"),
+        ("MODEL.RESNETS.STRIDE_IN_1X1", "True"),
+    ],
+    ids=lambda pairs: pairs[0],
+)
+def test_pixels_that_the_weights_do_not_expect_are_refused(model, checkpoint, pairs) -> None:
+    cfg = load(COCO, "MODEL.WEIGHTS", str(checkpoint), *pairs)
+    with pytest.raises(UserError) as refusal:
+        weights.fill_backbone(model, cfg)
+    line = str(refusal.value)
+    found, fix = line.split("; set ")
+    assert pairs[0] in found
+    assert pairs[0] in fix
+    weights.fill_backbone(model, load(COCO, "MODEL.WEIGHTS", str(checkpoint)))  # as it is told
+
+
+def test_random_init_is_asked_for_by_the_empty_word(model) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    facts = weights.fill_backbone(model, load(COCO, "MODEL.WEIGHTS", "", "SEED", "7"))
+    assert facts == {"name": "random", "sha256": None, "method": "random init", "seed": 7}
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def trained(folder: Path, model: nn.Module, **changes: Any) -> Path:
+    path = folder / "model_final.pth"
+    state = {k: v for k, v in (model.state_dict() | changes).items() if v is not None}
+    torch.save({"model": state}, path)
+    return path
+
+
+def test_a_trained_detector_loads_whole_or_not_at_all(model, tmp_path) -> None:
+    cfg, key = load(), "roi_heads.res5.norm.weight"
+    value = model.state_dict()[key].clone()
+    facts = weights.load_detector(model, trained(tmp_path, model, **{key: value + 1}), cfg)
+    assert model.state_dict()[key].equal(value + 1)
+    assert facts["method"] == "unknown"
+    assert len(facts["detector_sha256"]) == 64
+    for changes, complaint in (
+        ({key: None}, rf"1 of 337 tensors are missing, first '{re.escape(key)}'"),
+        ({"extra": value}, "1 of 337 tensors are left over, first 'extra'"),
+        ({key: value[:7]}, "has shape"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            weights.load_detector(model, trained(tmp_path, model, **changes), cfg)
+
+
+def test_a_backbone_is_not_taken_for_a_trained_detector(model, checkpoint) -> None:
+    with pytest.raises(UserError, match="holds no trained detector"):
+        weights.load_detector(model, checkpoint, load())
+
+
+def test_a_truncated_detector_is_refused(model, tmp_path) -> None:
+    path = trained(tmp_path, model)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="is damaged or no checkpoint"):
+        weights.load_detector(model, path, load())

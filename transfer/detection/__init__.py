@@ -1,0 +1,1 @@
+"""Detectron2 fine-tuning and evaluation; `job.py` puts the nouns together."""
