@@ -358,8 +358,8 @@ def _code(script: str) -> str:
         return ""  # a script from elsewhere is one of the files of its command
     digest = hashlib.sha256()
     for name in FOLDERS[: FOLDERS.index(folder) + 1]:
-        for file in sorted((ROOT / name).glob("*.py")):
-            digest.update(f"{name}/{file.name} {sha256(file)}\n".encode())
+        for file in sorted((ROOT / name).rglob("*.py")):
+            digest.update(f"{file.relative_to(ROOT)} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
