@@ -38,10 +38,28 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A row of a table; `kind` is '' or 'grey', 'strong', 'rule'."""
+class Mark:
+    """A cell with a meaning.
 
-    cells: Sequence[str]
+    Attributes:
+        text: what stands there.
+        kind: `plain`, `near`, `above`, `below` (a printed number), or `reduced`.
+        why: shown on demand.
+    """
+
+    text: str
+    kind: str
+    why: str
+
+
+Cell = str | Mark
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table; `kind` is '' or 'grey', 'strong', 'sum', 'rule'."""
+
+    cells: Sequence[Cell]
     kind: str = ""
 
 
@@ -54,12 +72,14 @@ class Table:
         lines: its rows; a row of one cell spans the table.
         groups: (name, number of columns) above the head.
         numbers: whether all but the first column are numbers.
+        sortable: whether a reader may sort, filter and compare its rows.
     """
 
     head: Sequence[str]
     lines: Sequence[Line]
     groups: Sequence[tuple[str, int]] = ()
     numbers: bool = False
+    sortable: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +139,7 @@ def to_html(document: Document) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(document.title)}</title>\n<style>{CSS}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
+        f"<body><main>\n{body}\n</main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -168,22 +188,36 @@ def _html_table(table: Table) -> str:
     body = []
     for line in table.lines:
         if len(line.cells) == 1:
-            cells = f'<td colspan="{len(table.head)}">{_inline(line.cells[0])}</td>'
+            text = _inline(_words(line.cells[0]))
+            cells = f'<td colspan="{len(table.head)}">{text}</td>'
         else:
-            first, *rest = (_html_cell(cell) for cell in line.cells)
-            cells = f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest)
+            first, *rest = line.cells
+            cells = f'<th scope="row">{_html_words(_words(first))}</th>'
+            cells += "".join(map(_html_cell, rest))
         body.append(f'<tr class="{line.kind}">{cells}</tr>' if line.kind else f"<tr>{cells}</tr>")
-    kind = ' class="numbers"' if table.numbers else ""
+    kinds = [k for k, on in (("numbers", table.numbers), ("sortable", table.sortable)) if on]
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
     return (
         f'<div class="wide"><table{kind}><thead>{"".join(rows)}</thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
-def _html_cell(text: str) -> str:
-    """Write a cell; what stands under its first line is small."""
+def _html_cell(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return f"<td>{_html_words(cell)}</td>"
+    why = html.escape(cell.why)
+    return f'<td class="{cell.kind}" title="{why}">{_html_words(cell.text)}</td>'
+
+
+def _html_words(text: str) -> str:
+    """Write a cell's text; what stands under its first line is small."""
     first, _, rest = text.partition("\n")
     return _inline(first) + (f"<br><small>{_inline(rest)}</small>" if rest else "")
+
+
+def _words(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else cell.text
 
 
 def _inline(text: str) -> str:
@@ -216,11 +250,13 @@ def _markdown_table(table: Table) -> str:
     head = [" ".join(filter(None, pair)) for pair in zip(above, table.head, strict=True)]
     rule = ["---", *(["---:" if table.numbers else "---"] * (len(head) - 1))]
     lines = [[*line.cells, *[""] * (len(head) - len(line.cells))] for line in table.lines]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in (head, rule, *lines))
+    shown: list[Sequence[Cell]] = [head, rule, *lines]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in shown)
 
 
-def _cell(text: str) -> str:
-    return _plain(text).replace("\n", " ").replace("|", "\\|")
+def _cell(cell: Cell) -> str:
+    why = f" ({cell.why})" if isinstance(cell, Mark) and cell.kind == "reduced" else ""
+    return _plain(_words(cell) + why).replace("\n", " ").replace("|", "\\|")
 
 
 def _plain(text: str) -> str:
@@ -231,9 +267,11 @@ def _plain(text: str) -> str:
 
 CSS = """
 :root { --ink:#1b1f24; --soft:#5b6570; --line:#d9dee3; --page:#fff; --panel:#f5f7f9;
-  --blue:#0072B2; --warn:#8a4b00; --warnbg:#fff4e2; color-scheme: light dark; }
+  --blue:#0072B2; --warn:#8a4b00; --warnbg:#fff4e2;
+  --below:#b54708; --chosen:#0072b21f; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6e9ec; --soft:#9aa5b1; --line:#39424c;
-  --page:#14181c; --panel:#1d2329; --blue:#6db8e6; --warn:#ffc477; --warnbg:#33270f; } }
+  --page:#14181c; --panel:#1d2329; --blue:#6db8e6; --warn:#ffc477; --warnbg:#33270f;
+  --below:#ff9d5c; --chosen:#6db8e62e; } }
 * { box-sizing: border-box; }
 body { margin:0; background:var(--page); color:var(--ink);
   font:16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -265,7 +303,20 @@ table.numbers th[scope=row] { min-width:178px; }
 table.numbers th, table.numbers td { padding:5px 7px; }
 table:not(.numbers) th[scope=row] { min-width:150px; width:210px; }
 table small { color:var(--soft); font-weight:400; }
-tr.strong > * { font-weight:700; } tr.grey > * { color:var(--soft); font-size:13px; }
+td.near small { color:var(--soft); } td.above small { color:var(--blue); font-weight:600; }
+td.below small { color:var(--below); font-weight:600; } td.reduced small { color:var(--warn); }
+td.reduced { background:var(--warnbg); } td[title] { cursor:help; }
+tr.strong > *, tr.sum > * { font-weight:700; } tr.sum > * { border-top:2px solid var(--line); }
+table.sortable thead tr:last-child th { cursor:pointer; }
+table.sortable thead th[aria-sort=ascending]::after { content:" \\25B2"; }
+table.sortable thead th[aria-sort=descending]::after { content:" \\25BC"; }
+.tools { display:flex; flex-wrap:wrap; gap:8px 16px; align-items:center; font-size:14px;
+  color:var(--soft); margin:14px 0 -6px; }
+.tools input[type=search] { font:inherit; color:inherit; background:var(--panel); padding:4px 8px;
+  border:1px solid var(--line); border-radius:6px; min-width:min(240px,100%); }
+tbody tr.chosen > * { background:var(--panel); box-shadow:inset 0 0 0 9999px var(--chosen); }
+tr.compared > * { font-weight:700; border-top:2px solid var(--blue); }
+tr.grey > * { color:var(--soft); font-size:13px; }
 table.numbers tr.rule td { text-align:left; color:var(--soft); font-size:13px; white-space:normal;
   padding-top:18px; border-bottom:2px solid var(--line); }
 figure { margin:16px 0; } figure img { max-width:100%; height:auto; background:#fff; padding:8px;
@@ -275,7 +326,84 @@ pre { background:var(--panel); border:1px solid var(--line); border-radius:8px; 
   overflow-x:auto; font-size:13.5px; line-height:1.6; }
 code { font-size:.88em; background:var(--panel); padding:1px 4px; border-radius:4px; }
 td code { background:none; padding:0; }
-@media print { nav { display:none; } main { max-width:none; padding:0; }
+@media print { nav, .tools { display:none; } main { max-width:none; padding:0; }
   pre { white-space:pre-wrap; }
   section { break-inside:avoid-page; } .wide { overflow:visible; } }
+"""
+
+# Sorting, filtering and comparing happen inside the page; it reads text and writes text only.
+SCRIPT = """
+"use strict";
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0], head = table.tHead.rows[table.tHead.rows.length - 1];
+  const ours = Array.from(body.rows).filter(r => r.className === "" || r.className === "strong");
+  const rest = Array.from(body.rows).filter(r => !ours.includes(r));
+  if (ours.length < 2) continue;
+  const value = (row, column) => {
+    const cell = row.cells[column];
+    const text = cell.firstChild ? cell.firstChild.textContent.trim() : "";
+    const number = parseFloat(text);
+    return column > 0 && !Number.isNaN(number) ? number : text;
+  };
+  const compare = (a, b) => typeof a === "number" && typeof b === "number" ? a - b
+    : typeof a === "number" ? 1 : typeof b === "number" ? -1 : a.localeCompare(b);
+  Array.from(head.cells).forEach((cell, column) => {
+    cell.tabIndex = 0;
+    const sort = () => {
+      const down = cell.getAttribute("aria-sort") !== "descending";
+      for (const other of head.cells) other.removeAttribute("aria-sort");
+      cell.setAttribute("aria-sort", down ? "descending" : "ascending");
+      ours.sort((a, b) => (down ? -1 : 1) * compare(value(a, column), value(b, column)));
+      body.append(...ours, ...rest);
+    };
+    cell.addEventListener("click", sort);
+    cell.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
+  });
+  const tools = document.createElement("div");
+  tools.className = "tools";
+  const find = document.createElement("input");
+  find.type = "search";
+  find.placeholder = "filter rows";
+  find.setAttribute("aria-label", "filter rows");
+  find.addEventListener("input", () => {
+    const word = find.value.toLowerCase();
+    for (const row of ours) row.hidden = !row.textContent.toLowerCase().includes(word);
+  });
+  tools.append(find);
+  if (table.classList.contains("numbers")) {
+    const hint = document.createElement("span");
+    hint.textContent = "click two rows to compare them";
+    tools.append(hint);
+    const chosen = [];
+    const result = body.insertRow();
+    result.className = "compared";
+    result.hidden = true;
+    rest.unshift(result);
+    body.append(...ours, ...rest);
+    const show = () => {
+      result.replaceChildren();
+      result.hidden = chosen.length < 2;
+      if (result.hidden) return;
+      const [a, b] = chosen;
+      Array.from(a.cells).forEach((cell, column) => {
+        const out = document.createElement(column ? "td" : "th");
+        const [x, y] = [value(a, column), value(b, column)];
+        out.textContent = column === 0 ? x + " minus " + y
+          : typeof x === "number" && typeof y === "number"
+            ? (x - y >= 0 ? "+" : "") + (x - y).toFixed(1) : "\u2013";
+        result.append(out);
+      });
+    };
+    for (const row of ours) {
+      row.addEventListener("click", () => {
+        if (chosen.includes(row)) chosen.splice(chosen.indexOf(row), 1);
+        else chosen.push(row);
+        while (chosen.length > 2) chosen.shift();
+        for (const other of ours) other.classList.toggle("chosen", chosen.includes(other));
+        show();
+      });
+    }
+  }
+  table.parentElement.before(tools);
+}
 """

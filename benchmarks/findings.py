@@ -1,4 +1,4 @@
-"""What a suite's output folder says: its records, curves and pictures, beside published numbers.
+"""What a suite's output folder says: its records, curves and pictures.
 
 Nothing here fails on a hole: a job that was not run, or a file that is broken, is named in
 `Findings.holes` and left out. Jobs are known by what they wrote: `run.json` or `log.jsonl` is a
@@ -11,53 +11,18 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from benchmarks.records import Record, read_record
+from benchmarks.standings import Standings, stand
 from convert.errors import UserError
+from transfer.results import FILE_NAME
 
-PUBLISHED = Path(__file__).resolve().parent / "published"
 ENDED_WELL = ("done", "reused")
 LEARNED = 20.0  # percent under chance that the mean loss of the last tenth should reach
-METHODS = {
-    "random": "random init",
-    "supervised": "supervised",
-    "moco": "MoCo",
-    "moco_v1": "MoCo v1",
-    "moco_v2": "MoCo v2",
-}
-
 Curve = list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number of the table: mean over seeds, its spread (None: one seed), how many seeds."""
-
-    mean: float
-    spread: float | None = None
-    seeds: int = 1
-
-
-@dataclass
-class Row:
-    """One row of the table.
-
-    Attributes:
-        label: what was evaluated.
-        cells: metric -> number.
-        comparable: False for published rows: other data, other budget.
-        source: paper and tables of a published row.
-        fingerprints: task -> hash of the protocol.
-    """
-
-    label: str
-    cells: dict[str, Cell] = field(default_factory=dict)
-    comparable: bool = True
-    source: str = ""
-    fingerprints: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,41 +57,17 @@ class Findings:
 
     root: Path
     suite: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    columns: dict[str, str] = field(default_factory=dict)  # metric -> task
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)  # job -> results.json
+    records: dict[str, Record] = field(default_factory=dict)  # by job
     certificate: dict[str, Any] | None = None
     pretraining: Pretraining | None = None
     curves: dict[str, Curve] = field(default_factory=dict)  # job -> (iteration, total loss)
     pictures: dict[str, Path] = field(default_factory=dict)
     holes: list[str] = field(default_factory=list)
 
-    @property
-    def measured(self) -> list[Row]:
-        """Our own rows."""
-        return [row for row in self.rows if row.comparable]
-
-    @property
-    def published(self) -> list[Row]:
-        """The papers' rows."""
-        return [row for row in self.rows if not row.comparable]
-
-    def differences(self) -> dict[str, float]:
-        """Metric -> the first measured row minus random init, in points."""
-        if len(self.measured) < 2:
-            return {}
-        first, random = (row.cells for row in self.measured[:2])
-        return {
-            m: first[m].mean - random[m].mean for m in self.columns if m in first and m in random
-        }
-
-    def mixed_protocols(self) -> list[str]:
-        """Tasks whose measured rows do not share one fingerprint; they must not be compared."""
-        tasks = {task for row in self.measured for task in row.fingerprints}
-        found = {
-            t: {r.fingerprints[t] for r in self.measured if t in r.fingerprints} for t in tasks
-        }
-        return sorted(task for task, prints in found.items() if len(prints) > 1)
+    @cached_property
+    def standings(self) -> Standings:
+        """The records as a table."""
+        return stand(self.records.values())
 
 
 def gather(root: Path) -> Findings:
@@ -144,45 +85,7 @@ def gather(root: Path) -> Findings:
     findings = Findings(root, suite)
     for job in suite["jobs"]:
         _add_job(findings, job)
-    _add_rows(findings)
-    findings.rows += [row for row in published_rows() if set(row.cells) & set(findings.columns)]
     return findings
-
-
-def published_rows(folder: Path = PUBLISHED) -> list[Row]:
-    """Read `published/*.yaml` into one row for each initialisation, its sources joined.
-
-    Numbers that others measured again (`rerun`) stay rows of their own.
-    """
-    rows: dict[str, Row] = {}
-    places: dict[str, dict[str, list[str]]] = {}  # label -> paper -> tables
-    for file in sorted(folder.glob("*.yaml")):
-        paper = yaml.safe_load(file.read_text(encoding="utf-8"))
-        for table in paper["tables"]:
-            rerun = table.get("rerun", False)
-            for entry in table["rows"]:
-                label = _label(entry) + (", rerun by others" if rerun else "")
-                row = rows.setdefault(label, Row(label, comparable=False))
-                row.cells = _printed(table, entry) | row.cells
-                place = str(table["table"]) + str(entry.get("row", ""))
-                cite = "" if rerun else f"{paper['cite']}, "
-                places.setdefault(label, {}).setdefault(cite, []).append(place)
-    for label, row in rows.items():
-        row.source = "; ".join(cite + ", ".join(at) for cite, at in places[label].items())
-    order = list(METHODS.values())
-    return sorted(rows.values(), key=lambda row: order.index(row.label.split(",")[0]))
-
-
-def _printed(table: dict[str, Any], entry: dict[str, Any]) -> dict[str, Cell]:
-    pairs = zip(table["metrics"], entry["values"], strict=True)
-    return {metric: Cell(float(value), seeds=0) for metric, value in pairs}
-
-
-def _label(entry: dict[str, Any]) -> str:
-    name = METHODS[entry["init"]]
-    data = f", {entry['pretrained_on']}" if "pretrained_on" in entry else ""
-    epochs = f", {entry['epochs']} ep" if "epochs" in entry else ""
-    return name + data + epochs
 
 
 def _add_job(findings: Findings, job: dict[str, Any]) -> None:
@@ -204,38 +107,11 @@ def _add_job(findings: Findings, job: dict[str, Any]) -> None:
             findings.holes.append(f"unreadable: {name}/certificate.json")
     if (folder / "detections.png").exists():
         findings.pictures[name] = folder / "detections.png"
-    if (folder / "results.json").exists():
-        record = _read_json(folder / "results.json")
-        if record is None or not _is_record(record):
-            findings.holes.append(f"unreadable: {name}/results.json")
-        else:
-            findings.records[name] = record
-
-
-def _add_rows(findings: Findings) -> None:
-    """Make a row of each initialisation, the last part of a job's name; random init comes last."""
-    names = [str(job.get("name")) for job in findings.suite["jobs"]]
-    inits = dict.fromkeys(name.rsplit("/", 1)[1] for name in names if "/" in name)
-    rows = {init: Row(_measured_label(init, findings)) for init in inits}
-    for name, record in findings.records.items():
-        if "/" not in name:
-            continue
-        row = rows[name.rsplit("/", 1)[1]]
-        task = str(record.get("task") or name.split("/")[0])
-        row.fingerprints[task] = str(record.get("fingerprint", ""))
-        for metric, value in record["metrics"].items():
-            findings.columns.setdefault(metric, task)
-            spread = record.get("spread", {}).get(metric)
-            row.cells[metric] = Cell(float(value), spread, len(record.get("per_seed", [0])))
-    findings.rows = [row for init, row in rows.items() if init != "random"]
-    findings.rows += [rows["random"]] if "random" in rows else []
-
-
-def _measured_label(init: str, findings: Findings) -> str:
-    if init == "random":
-        return METHODS["random"]
-    certificate = findings.certificate or {}
-    return str(certificate.get("method") or METHODS.get(init, init))
+    if (folder / FILE_NAME).exists():
+        try:
+            findings.records[name] = read_record(folder / FILE_NAME)
+        except ValueError as error:
+            findings.holes.append(f"unreadable: {name}/{FILE_NAME}: {error}")
 
 
 def _pretraining(folder: Path) -> Pretraining:
@@ -272,15 +148,6 @@ def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
             continue  # the last line of a killed run may be cut
         if isinstance(value, dict):
             yield value
-
-
-def _is_record(record: dict[str, Any]) -> bool:
-    """Say whether a record's numbers are numbers."""
-    parts = [record.get("metrics"), record.get("spread", {})]
-    return all(
-        isinstance(part, dict) and all(isinstance(value, int | float) for value in part.values())
-        for part in parts
-    )
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

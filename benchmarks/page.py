@@ -1,5 +1,6 @@
 """What the page says: a suite's findings as a document, for a reader who opens it cold."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import plots
@@ -14,16 +15,12 @@ from benchmarks.document import (
     Tile,
     Tiles,
 )
-from benchmarks.findings import LEARNED, Cell, Findings, Row
+from benchmarks.findings import LEARNED, Findings
+from benchmarks.records import RANDOM
+from benchmarks.standings import Standing
+from benchmarks.tables import command_blocks, metric_name, number, seeds_blocks, table_blocks
 
-TASKS = {
-    "coco": "Mask R-CNN R50-C4, COCO layout",
-    "voc07": "Faster R-CNN R50-C4, VOC layout",
-    "linear": "Linear classifier",
-    "knn": "kNN",
-}
 SHORT = {"coco": "Mask R-CNN", "voc07": "Faster R-CNN", "linear": "Linear classifier", "knn": "kNN"}
-HEADLINES = ("coco/box_AP", "voc07/AP50", "linear/top1", "knn20/top1")
 PICTURES = {"coco": "Mask R-CNN on the COCO layout", "voc": "Faster R-CNN on the VOC layout"}
 V2 = "--mlp --moco-t 0.2 --aug-plus --cos"
 
@@ -31,7 +28,8 @@ V2 = "--mlp --moco-t 0.2 --aug-plus --cos"
 def build(findings: Findings) -> Document:
     """Write the document of one suite."""
     sections = [
-        Section("The table", _table(findings)),
+        Section("The table", table_blocks(findings.standings)),
+        Section("What the seeds can say", seeds_blocks(findings.standings)),
         Section("What these numbers are worth", _worth(findings)),
         Section("Pretraining", _pretraining(findings)),
         Section("Conversion", _conversion(findings)),
@@ -50,17 +48,23 @@ def _opening(findings: Findings) -> list[Any]:
         "the same data, schedule and budget."
     )
     holes = [Text("; ".join(findings.holes), "hole")] if findings.holes else []
-    differences = findings.differences()
-    tiles = []
-    for task in dict.fromkeys(findings.columns[metric] for metric in _ordered(findings)):
-        metrics = [metric for metric, of in findings.columns.items() if of == task]
-        metric = next((metric for metric in metrics if metric in HEADLINES), metrics[0])
-        if metric in differences:
-            first_cell, random = (row.cells[metric] for row in findings.measured[:2])
-            beside = f"random init {_one_line(random)}, difference {differences[metric]:+.1f}"
-            label = f"{SHORT.get(task, task)}, {_metric(metric)}"
-            tiles.append(Tile(label, _one_line(first_cell), beside))
+    tiles = list(_tiles(findings.standings.rows, findings))
     return [Text(first, "lede"), *holes, *([Tiles(tiles)] if tiles else [])]
+
+
+def _tiles(rows: list[Standing], findings: Findings) -> Iterator[Tile]:
+    """Show the headline numbers of the first checkpoint beside random initialisation."""
+    if len(rows) < 2 or rows[-1].key != RANDOM:
+        return
+    for column in findings.standings.headlines():
+        ours, random = (row.cells.get(column) for row in (rows[0], rows[-1]))
+        if ours is not None and random is not None:
+            difference = ours.spread.mean - random.spread.mean
+            beside = f"random init {_one_line(number(random))}, difference {difference:+.1f}"
+            task = column.metric.split("/")[0].rstrip("0123456789") or column.metric
+            name = SHORT.get(column.metric.split("/")[0], SHORT.get(task, column.recipe))
+            label = f"{name}, {metric_name(column.metric)}"
+            yield Tile(label, _one_line(number(ours)), beside)
 
 
 def _made(findings: Findings) -> str:
@@ -74,65 +78,6 @@ def _made(findings: Findings) -> str:
     method, arch = facts.get("method", "MoCo"), _arch(facts.get("arch"))
     where = facts.get("set", "the embedded set")
     return f"A {method} {arch} was pretrained on {images} ({where}){took} on this machine."
-
-
-def _table(findings: Findings) -> list[Any]:
-    if not findings.columns:
-        return [Text("not run: no measurement ended well, so there is no number to show", "hole")]
-    metrics = _ordered(findings)
-    order = list(dict.fromkeys(findings.columns[metric] for metric in metrics))
-    groups = [("", 1)]
-    for task in order:
-        count = sum(findings.columns[metric] == task for metric in metrics)
-        groups.append((TASKS.get(task, task), count))
-    head = ["initialised from", *(_metric(metric) for metric in metrics)]
-    lines = [Line(_cells(row, metrics)) for row in findings.measured]
-    lines[0] = Line(lines[0].cells, "strong")
-    differences = findings.differences()
-    if differences:
-        shown = [f"{differences[m]:+.1f}" if m in differences else "–" for m in metrics]
-        lines.append(Line(["difference", *shown]))
-    if findings.published:
-        rule = (
-            "Printed in the papers, not comparable: ImageNet-1k (IN-1M) on 8 GPUs for days, the "
-            "full COCO and VOC at full size"
-        )
-        lines.append(Line([rule], "rule"))
-    lines += [Line(_cells(row, metrics), "grey") for row in findings.published]
-    blocks: list[Any] = [Table(head, lines, groups, numbers=True), Text(_legend(findings), "note")]
-    if findings.published:
-        sources = [Line([row.label, row.source], "grey") for row in findings.published]
-        blocks.append(Table(["grey row", "source"], sources))
-    for task in findings.mixed_protocols():
-        blocks.append(
-            Text(
-                f"{TASKS.get(task, task)}: the rows were measured under different protocols (their "
-                "fingerprints differ, see below): do not compare them",
-                "hole",
-            )
-        )
-    return blocks
-
-
-def _legend(findings: Findings) -> str:
-    counts = {c.seeds for row in findings.measured for c in row.cells.values()}
-    several = " or ".join(str(count) for count in sorted(counts - {1}))
-    spread = f" ± is the sample standard deviation over {several} seeds." if several else ""
-    once = " Numbers without ± are single runs: their spread is unknown." if 1 in counts else ""
-    inside = _inside_spread(findings)
-    close = f" Differences within the two rows' spread: {', '.join(inside)}." if inside else ""
-    return f"All numbers are percent; – is not measured or not printed.{spread}{once}{close}"
-
-
-def _inside_spread(findings: Findings) -> list[str]:
-    """Name the metrics whose difference from random init is within the rows' joint spread."""
-    inside = []
-    for metric, difference in findings.differences().items():
-        cells = [row.cells[metric] for row in findings.measured[:2]]
-        joint = sum((cell.spread or 0.0) ** 2 for cell in cells) ** 0.5
-        if all(cell.spread is not None for cell in cells) and abs(difference) <= joint:
-            inside.append(f"{SHORT.get(metric.split('/')[0], 'kNN')} {_metric(metric)}")
-    return inside
 
 
 def _worth(findings: Findings) -> list[Any]:
@@ -267,7 +212,7 @@ def _pictures(findings: Findings) -> list[Any]:
     blocks = []
     for name, path in findings.pictures.items():
         task, _, init = name.partition("/")
-        what = "random initialisation" if init == "random" else f"{findings.measured[0].label}"
+        what = "random initialisation" if init == "random" else f"{_name(findings)}"
         title = PICTURES.get(task, task)
         caption = f"{title}, from {what}: validation scenes, ground truth beside detections."
         blocks.append(Picture(path.read_bytes(), str(path.relative_to(findings.root)), caption))
@@ -303,7 +248,7 @@ def _record(findings: Findings) -> list[Any]:
             [
                 str(job.get("name")),
                 f"{job.get('state')}" + (f": {job['reason']}" if job.get("reason") else ""),
-                _took(job),
+                f"{job.get('seconds') or 0:.0f}",
                 f"`{job.get('command')}`",
             ]
         )
@@ -315,15 +260,11 @@ def _record(findings: Findings) -> list[Any]:
         f"{suite.get('cores')} cores: the last call took {_minutes(suite.get('seconds') or 0)}; "
         f"the jobs took {_minutes(work)} together. Finished jobs are reused, not run again."
     )
-    prints = [
-        Line([name, f"`{record.get('fingerprint')}`", _data_name(record), _took(record)])
-        for name, record in findings.records.items()
-    ]
     return [
         Text(call),
         Table(["job", "state", "seconds", "command"], jobs),
         Text("Two numbers compare only if the fingerprints of their protocols are equal."),
-        Table(["evaluation", "fingerprint", "data", "seconds"], prints),
+        *command_blocks(findings.records.values()),
         Table(["environment", ""], _environment(findings)),
     ]
 
@@ -342,28 +283,8 @@ def _environment(findings: Findings) -> list[Line]:
     ]
 
 
-def _ordered(findings: Findings) -> list[str]:
-    """Order the columns by task; jobs that ran at once may have come in any order."""
-    tasks = [*TASKS, *(t for t in findings.columns.values() if t not in TASKS)]
-    return sorted(findings.columns, key=lambda metric: tasks.index(findings.columns[metric]))
-
-
-def _cells(row: Row, metrics: list[str]) -> list[str]:
-    return [row.label, *(_number(row.cells[m]) if m in row.cells else "–" for m in metrics)]
-
-
-def _number(cell: Cell) -> str:
-    return f"{cell.mean:.1f}" + (f"\n± {cell.spread:.1f}" if cell.spread is not None else "")
-
-
-def _one_line(cell: Cell) -> str:
-    return _number(cell).replace("\n", " ")
-
-
-def _metric(metric: str) -> str:
-    task, _, name = metric.partition("/")
-    k = f"k={task[3:]} " if task.startswith("knn") and task[3:].isdigit() else ""
-    return k + name.replace("_", " ").replace("top", "top-")
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ")
 
 
 def _name(findings: Findings) -> str:
@@ -380,19 +301,6 @@ def _method(certificate: dict[str, Any]) -> str:
 
 def _arch(name: object) -> str:
     return {"resnet50": "ResNet-50", "resnet18": "ResNet-18"}.get(str(name), str(name))
-
-
-def _data_name(record: dict[str, Any]) -> str:
-    data = record.get("data") or {}
-    parts = [data[part] for part in ("train", "val", "test") if isinstance(data.get(part), dict)]
-    names = [str(name) for part in parts for name in part.get("names", [])]
-    counts = ", ".join(f"{part['images']:,}" for part in parts if "images" in part)
-    name = str(data.get("name") or ", ".join(names))
-    return f"{name} ({counts} images)" if counts else name
-
-
-def _took(record: dict[str, Any]) -> str:
-    return f"{record.get('seconds') or 0:.0f}"
 
 
 def _minutes(seconds: float) -> str:

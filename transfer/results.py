@@ -8,6 +8,8 @@ Keys of the record:
     per_seed: the metrics of each seed
     fingerprint: hash of the protocol; two numbers compare only if theirs are equal
     protocol: everything that changes the number, apart from checkpoint, data and seed
+    recipe: the recipe's name, and the keys of the protocol that the command line changed, each with
+        the recipe's value and the run's: {"name": "voc_R50_C4_24k_moco", "changed": {}}
     config: the resolved config; checkpoint, data: names, hashes, counts
     environment: versions, hardware, commit; seconds; command
 """
@@ -24,7 +26,7 @@ from typing import Any
 
 from convert.files import environment, write_json
 
-SCHEMA = 1
+SCHEMA = 2  # version 1 had no recipe
 FILE_NAME = "results.json"
 
 
@@ -44,6 +46,7 @@ def write_results(
     checkpoint: Mapping[str, Any],
     data: Mapping[str, Any],
     started: float,
+    recipe: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `results.json` into an output folder and return the record.
 
@@ -56,6 +59,7 @@ def write_results(
         checkpoint: name, sha256 and facts of what was evaluated.
         data: name, listing hash and counts.
         started: `time.time()` when the evaluation began.
+        recipe: what `name_recipe` says.
     """
     keys = list(per_seed[0])
     columns = {key: [float(seed[key]) for seed in per_seed] for key in keys}
@@ -68,6 +72,7 @@ def write_results(
         "per_seed": [dict(seed) for seed in per_seed],
         "fingerprint": fingerprint(protocol),
         "protocol": dict(protocol),
+        "recipe": dict(recipe or {}),
         "config": dict(config),
         "checkpoint": dict(checkpoint),
         "data": dict(data),
@@ -77,6 +82,19 @@ def write_results(
     }
     write_json(Path(output_dir) / FILE_NAME, record)
     return record
+
+
+def name_recipe(name: str, own: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the recipe of a run, and what the run changed of its protocol.
+
+    Args:
+        name: the recipe file's stem.
+        own: the protocol that the recipe alone would follow.
+        protocol: the one that this run follows.
+    """
+    keys = dict.fromkeys([*own, *protocol])
+    changed = {k: [own.get(k), protocol.get(k)] for k in keys if own.get(k) != protocol.get(k)}
+    return {"name": name, "changed": changed}
 
 
 def format_metrics(record: Mapping[str, Any]) -> str:
