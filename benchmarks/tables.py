@@ -1,6 +1,6 @@
 """Standings as tables of a document: ours, the papers' below, and what the seeds can say."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from benchmarks.document import Block, Cell, Line, Mark, Table, Text
 from benchmarks.literature import Printed
@@ -130,7 +130,8 @@ def _table(standings: Standings, columns: list[Column]) -> Table:
     rows = [row for row in standings.rows if set(row.cells) & set(columns)]
     lines = [Line([row.label, *(_shown(row.cells.get(c)) for c in columns)]) for row in rows]
     lines += _difference(rows, columns)
-    equal, reminders = _printed_lines(standings.printed, columns)
+    whole = {c for row in rows for c, cell in row.cells.items() if not cell.why_not}
+    equal, reminders = _printed_lines(standings.printed, columns, whole)
     if equal:
         lines.append(Line(["Printed in the papers, under the same protocol"], "rule"))
     lines += equal
@@ -180,8 +181,13 @@ def _judged(cell: Number) -> str:
     return "above" if cell.gap > 0 else "below"
 
 
-def _printed_lines(rows: Iterable[Printed], columns: list[Column]) -> tuple[list[Line], list[Line]]:
-    """One line a label; first those of the same protocol, then those that only remind."""
+def _printed_lines(
+    rows: Iterable[Printed], columns: list[Column], whole: Collection[Column]
+) -> tuple[list[Line], list[Line]]:
+    """One line a label: those of the same protocol, and those that only remind.
+
+    Where every number of ours is a reduced one (its column is not in `whole`), all only remind.
+    """
     equal: dict[str, dict[Column, float]] = {}
     reminders: dict[str, dict[Column, float]] = {}
     for row in rows:
@@ -189,9 +195,10 @@ def _printed_lines(rows: Iterable[Printed], columns: list[Column]) -> tuple[list
             value = row.numbers.get(column.metric)
             if value is None:
                 continue
-            if row.table.recipe == column.recipe:
+            same = row.table.recipe == column.recipe
+            if same and column in whole:
                 equal.setdefault(row.label, {})[column] = value
-            elif column.recipe in row.table.beside and row.plain:
+            elif same or (column.recipe in row.table.beside and row.plain):
                 reminders.setdefault(row.label, {})[column] = value
     return _grey(equal, columns), _grey(reminders, columns)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+from html import escape
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -72,13 +73,13 @@ def test_pixels_belong_to_the_checkpoint_and_split_no_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("more", "named"),
     [
-        {"protocol": PROTOCOL | {"SOLVER.MAX_ITER": 9000}},
-        {"data": {"test": {"images": 4952, "listing_hash": "2"}}},
+        ({"protocol": PROTOCOL | {"SOLVER.MAX_ITER": 9000}}, "SOLVER.MAX_ITER (24000 or 9000)"),
+        ({"data": {"test": {"images": 4952, "listing_hash": "2"}}}, "data.test (1 or 2)"),
     ],
 )
-def test_another_protocol_or_other_data_is_another_column_and_is_named(tmp_path, more):
+def test_another_protocol_or_other_data_is_another_column_and_is_named(tmp_path, more, named):
     put(tmp_path / "a/results.json")
     put(tmp_path / "b/results.json", RANDOM, **more)
     standings = table(tmp_path)
@@ -110,7 +111,9 @@ def test_a_reduced_run_never_stands_beside_a_printed_number_unmarked(tmp_path, m
     assert all((cell.printed, cell.why_not) == (None, why) for cell in cells)
     html = write_leaderboard([tmp_path], tmp_path / "page").read_text()
     assert html.count('<td class="reduced"') == 2
-    assert f"reduced, not the published protocol ({why})" in html
+    assert f"reduced, not the published protocol ({escape(why)})" in html
+    assert "under the same protocol" not in html
+    assert "not comparable" in html
 
 
 def test_a_whole_run_stands_beside_what_its_authors_printed(tmp_path):
