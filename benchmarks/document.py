@@ -104,7 +104,15 @@ class Commands:
     lines: Sequence[str]
 
 
-Block = Text | Tiles | Table | Picture | Commands
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that a reader opens when wanted."""
+
+    title: str
+    blocks: Sequence["Block"]
+
+
+Block = Text | Tiles | Table | Picture | Commands | Folded
 
 
 @dataclass
@@ -170,6 +178,9 @@ def _html_block(block: Block) -> str:
             )
         case Commands(lines):
             return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+        case Folded(title, blocks):
+            inside = "\n".join(map(_html_block, blocks))
+            return f"<details><summary>{html.escape(title)}</summary>\n{inside}</details>"
 
 
 def _html_tile(tile: Tile) -> str:
@@ -212,8 +223,8 @@ def _html_cell(cell: Cell) -> str:
 
 def _html_words(text: str) -> str:
     """Write a cell's text; what stands under its first line is small."""
-    first, _, rest = text.partition("\n")
-    return _inline(first) + (f"<br><small>{_inline(rest)}</small>" if rest else "")
+    first, *rest = text.split("\n")
+    return _inline(first) + "".join(f"<br><small>{_inline(line)}</small>" for line in rest)
 
 
 def _words(cell: Cell) -> str:
@@ -243,6 +254,8 @@ def _markdown_block(block: Block) -> str:
             return f"![{_plain(caption)}](<{path}>)\n\n{_plain(caption)}"
         case Commands(lines):
             return "\n".join(["```", *lines, "```"])
+        case Folded(title, blocks):
+            return "\n\n".join([f"**{_plain(title)}**", *map(_markdown_block, blocks)])
 
 
 def _markdown_table(table: Table) -> str:
@@ -324,6 +337,7 @@ figure { margin:16px 0; } figure img { max-width:100%; height:auto; background:#
 figcaption { color:var(--soft); font-size:14px; max-width:86ch; }
 pre { background:var(--panel); border:1px solid var(--line); border-radius:8px; padding:12px 16px;
   overflow-x:auto; font-size:13.5px; line-height:1.6; }
+details { margin:14px 0; } summary { cursor:pointer; color:var(--blue); font-size:14.5px; }
 code { font-size:.88em; background:var(--panel); padding:1px 4px; border-radius:4px; }
 td code { background:none; padding:0; }
 @media print { nav, .tools { display:none; } main { max-width:none; padding:0; }

@@ -18,7 +18,14 @@ from benchmarks.document import (
 from benchmarks.findings import LEARNED, Findings
 from benchmarks.records import RANDOM
 from benchmarks.standings import Standing
-from benchmarks.tables import command_blocks, metric_name, number, seeds_blocks, table_blocks
+from benchmarks.tables import (
+    command_blocks,
+    metric_name,
+    number,
+    seeds_blocks,
+    signed,
+    table_blocks,
+)
 
 SHORT = {"coco": "Mask R-CNN", "voc07": "Faster R-CNN", "linear": "Linear classifier", "knn": "kNN"}
 PICTURES = {"coco": "Mask R-CNN on the COCO layout", "voc": "Faster R-CNN on the VOC layout"}
@@ -60,7 +67,7 @@ def _tiles(rows: list[Standing], findings: Findings) -> Iterator[Tile]:
         ours, random = (row.cells.get(column) for row in (rows[0], rows[-1]))
         if ours is not None and random is not None:
             difference = ours.spread.mean - random.spread.mean
-            beside = f"random init {_one_line(number(random))}, difference {difference:+.1f}"
+            beside = f"random init {_one_line(number(random))}, difference {signed(difference)}"
             task = column.metric.split("/")[0].rstrip("0123456789") or column.metric
             name = SHORT.get(column.metric.split("/")[0], SHORT.get(task, column.recipe))
             label = f"{name}, {metric_name(column.metric)}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from benchmarks.document import Block, Cell, Line, Mark, Table, Text
+from benchmarks.document import Block, Cell, Folded, Line, Mark, Table, Text
 from benchmarks.literature import Printed
 from benchmarks.records import RANDOM, Record
 from benchmarks.standings import Cell as Number
@@ -36,7 +36,7 @@ def table_blocks(standings: Standings) -> list[Block]:
             own = [column for column in standings.columns if column.title == title]
             blocks.append(_table(standings, own))
     blocks.append(Text(legend(standings), "note"))
-    return [*blocks, *_remarks(standings), *_sources(standings)]
+    return [*blocks, *_remarks(standings), *_more_printed(standings), *_sources(standings)]
 
 
 def seeds_blocks(standings: Standings) -> list[Block]:
@@ -99,6 +99,12 @@ def metric_name(metric: str) -> str:
     return k + name.replace("_", " ").replace("top", "top-")
 
 
+def signed(value: float) -> str:
+    """Write a difference with its sign; none where it rounds to nothing."""
+    text = f"{value:+.1f}"
+    return text[1:] if float(text) == 0 else text
+
+
 def number(cell: Number) -> str:
     """Write a number with its spread: `41.1` over `± 0.3`."""
     spread = cell.spread
@@ -131,7 +137,8 @@ def _table(standings: Standings, columns: list[Column]) -> Table:
     lines = [Line([row.label, *(_shown(row.cells.get(c)) for c in columns)]) for row in rows]
     lines += _difference(rows, columns)
     whole = {c for row in rows for c, cell in row.cells.items() if not cell.why_not}
-    equal, reminders = _printed_lines(standings.printed, columns, whole)
+    papers = [row for row in standings.printed if row.plain and not row.table.rerun]
+    equal, reminders = _printed_lines(papers, columns, whole)
     if equal:
         lines.append(Line(["Printed in the papers, under the same protocol"], "rule"))
     lines += equal
@@ -145,13 +152,29 @@ def _table(standings: Standings, columns: list[Column]) -> Table:
     return Table(head, lines, groups, numbers=True, sortable=True)
 
 
+def _more_printed(standings: Standings) -> list[Block]:
+    """Fold away what was printed of other networks, settings and methods, and measured again."""
+    more = [row for row in standings.printed if not row.plain or row.table.rerun]
+    blocks: list[Block] = []
+    count = 0
+    for title in standings.recipes:
+        columns = [column for column in standings.columns if column.title == title]
+        lines, _ = _printed_lines(more, columns, columns)
+        if lines:
+            head = ["printed row", *(metric_name(column.metric) for column in columns)]
+            groups = [("", 1), (_title(title), len(columns))]
+            blocks.append(Table(head, [Line(line.cells) for line in lines], groups, numbers=True))
+            count += len(lines)
+    return [Folded(f"{count} more printed rows of these recipes", blocks)] if blocks else []
+
+
 def _difference(rows: list[Standing], columns: list[Column]) -> list[Line]:
     """A line of differences where there is one checkpoint and random initialisation."""
     if len(rows) != 2 or rows[1].key != RANDOM:
         return []
     first, random = (row.cells for row in rows)
     shown = [
-        f"{first[c].spread.mean - random[c].spread.mean:+.1f}" if c in first and c in random else ""
+        signed(first[c].spread.mean - random[c].spread.mean) if c in first and c in random else ""
         for c in columns
     ]
     return [Line(["difference", *(text or NOTHING for text in shown)], "sum")]
@@ -170,7 +193,7 @@ def _shown(cell: Number | None) -> Cell:
         return Mark(f"{text}\nreduced", "reduced", cell.why_not)
     if cell.gap is None or cell.printed is None:
         return text
-    return Mark(f"{text}\n{cell.gap:+.1f}", _judged(cell), f"printed: {cell.printed:.1f}")
+    return Mark(f"{text}\n{signed(cell.gap)}", _judged(cell), f"printed: {cell.printed:.1f}")
 
 
 def _judged(cell: Number) -> str:
@@ -242,7 +265,8 @@ def _sources(standings: Standings) -> list[Block]:
             f"{cite}, {', '.join(at)}" if cite else ", ".join(at) for cite, at in cited.items()
         )
         lines.append(Line([label, "; ".join([source, *marks[label]])], "grey"))
-    return [Table(["printed row", "source"], lines)] if lines else []
+    table = Table(["printed row", "source"], lines)
+    return [Folded("Where the printed numbers stand", [table])] if lines else []
 
 
 def _seeds_line(row: Standing, column: Column, standings: Standings, against: Mapping) -> Line:
@@ -258,7 +282,7 @@ def _seeds_line(row: Standing, column: Column, standings: Standings, against: Ma
     tested = [NOTHING] * 3
     if compared is not None:
         tested = [
-            f"{compared.difference:+.1f}",
+            signed(compared.difference),
             NOTHING if compared.p is None else f"{compared.p:.3f}",
             NOTHING if compared.smallest is None else f"{compared.smallest:.1f}",
         ]
