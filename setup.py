@@ -24,6 +24,7 @@ setup(
         "transfer",
         "transfer.classification",
         "transfer.detection",
+        "transfer.segmentation",
     ],
     package_data={"benchmarks": ["suites/*.yaml", "published/*.yaml"]},
     install_requires=[

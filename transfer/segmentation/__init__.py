@@ -1,0 +1,1 @@
+"""The FCN of MoCo v1's appendix; `training.py` puts the nouns together."""
