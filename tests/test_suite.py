@@ -136,9 +136,7 @@ def test_a_finished_job_is_never_run_twice(work, write, run, out):
     first = run(suite)
     assert first.returncode == 0, first.stderr
     assert started(out) == ["first", "second", "third"]
-    began = time.monotonic()
     second = run(suite)
-    assert time.monotonic() - began < 5
     assert second.returncode == 0
     assert started(out) == ["first", "second", "third"]
     assert set(states(out).values()) == {"reused"}
