@@ -22,6 +22,7 @@ from benchmarks.tables import (
     command_blocks,
     metric_name,
     number,
+    row_name,
     seeds_blocks,
     signed,
     table_blocks,
@@ -41,11 +42,13 @@ def build(findings: Findings) -> Document:
         Section("Pretraining", _pretraining(findings)),
         Section("Conversion", _conversion(findings)),
         Section("Detector training", _detectors(findings)),
+        Section("Class by class", _classes(findings)),
         Section("Detections beside the ground truth", _pictures(findings)),
         Section("Next: your own checkpoint and images", _next(findings)),
         Section("How this was run", _record(findings)),
     ]
-    return Document(f"MoCo Transfer: what {_name(findings)} is worth", _opening(findings), sections)
+    kept = [section for section in sections if section.blocks]
+    return Document(f"MoCo Transfer: what {_name(findings)} is worth", _opening(findings), kept)
 
 
 def _opening(findings: Findings) -> list[Any]:
@@ -213,6 +216,22 @@ def _detectors(findings: Findings) -> list[Any]:
         "MoCo beside random initialisation, same schedule."
     )
     return [Picture(figure, "figures/detectors.svg", caption)]
+
+
+def _classes(findings: Findings) -> list[Any]:
+    """Draw each task's numbers by class, a bar a checkpoint, where the records have them."""
+    tasks: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for record in findings.records.values():
+        per_class = (record.content.get("details") or {}).get("per_class") or {}
+        for measure, values in list(per_class.items())[:1]:
+            tasks.setdefault((record.recipe, measure), {})[row_name(record)] = values
+    blocks: list[Any] = []
+    for (recipe, measure), rows in tasks.items():
+        figure = plots.class_figure(rows, measure)
+        if figure is not None and len(next(iter(rows.values()))) > 1:
+            caption = f"{recipe}: {measure} of each class."
+            blocks.append(Picture(figure, f"figures/classes_{recipe}.svg", caption))
+    return blocks
 
 
 def _pictures(findings: Findings) -> list[Any]:

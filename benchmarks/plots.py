@@ -4,13 +4,14 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines di
 """
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.findings import LEARNED, Curve, Pretraining
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 STYLES = {"moco": (BLUE, "-", "MoCo"), "random": (ORANGE, "--", "random init")}
+MANY = 40  # classes that a figure of bars takes
 TITLES = {"coco": "Mask R-CNN on the COCO layout", "voc": "Faster R-CNN on the VOC layout"}
 
 
@@ -49,6 +50,34 @@ def detector_figure(curves: dict[str, Curve]) -> str | None:
         axis.set_ylabel("total training loss")
         axis.set_title(TITLES.get(task, task), loc="left")
         axis.legend(frameon=False)
+    return _svg(figure)
+
+
+def class_figure(rows: Mapping[str, Mapping[str, float]], measure: str) -> str | None:
+    """Draw a number of each class, a bar a row; of many classes the best and the worst.
+
+    Args:
+        rows: checkpoint -> class -> percent; the first row decides the order.
+        measure: what the numbers are, `AP50`.
+    """
+    first = next(iter(rows.values()), {})
+    names = sorted(first, key=lambda name: -first[name])
+    if not names:
+        return None
+    if len(names) > MANY:
+        names = [*names[: MANY // 2], *names[-MANY // 2 :]]
+    figure, axes = _figure(1)
+    figure.set_size_inches(max(5.4, 0.32 * len(names) + 1.5), 3.8)
+    width = 0.8 / len(rows)
+    colours = (BLUE, ORANGE, GREY)
+    for place, (label, values) in enumerate(rows.items()):
+        at = [index + (place - (len(rows) - 1) / 2) * width for index in range(len(names))]
+        heights = [values.get(name, 0.0) for name in names]
+        axes[0].bar(at, heights, width, color=colours[place % 3], label=label)
+    ticks = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+    axes[0].set_xticks(range(len(names)), ticks, rotation=60, ha="right", fontsize=8)
+    axes[0].set_ylabel(f"{measure}, percent")
+    axes[0].legend(frameon=False)
     return _svg(figure)
 
 

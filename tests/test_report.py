@@ -280,6 +280,16 @@ def test_the_moving_mean_of_a_line_is_the_line():
     assert [y for _, y in smooth(line, 0.1)] == pytest.approx([y for _, y in line])
 
 
+def test_numbers_by_class_are_drawn_where_a_record_has_them(folder):
+    details = {"per_class": {"AP": {"cat": 60.0, "<b>dog</b>": 40.0}}}
+    put(folder / "voc/moco/results.json", record("voc", 0.0) | {"details": details})
+    html = page(folder)
+    assert "embedded_voc_R50_C4: AP of each class." in html
+    figure = (folder / "figures/classes_embedded_voc_R50_C4.svg").read_text()
+    assert "cat" in figure
+    assert "<b>dog" not in figure + html
+
+
 def test_html_and_markdown_tell_the_same():
     table = Table(["a", "b"], [Line(["x | y", "1\n± 2"]), Line(["whole"], "rule")], numbers=True)
     document = Document("T", [Text("say `<b>` & <i>")], [Section("S", [table])])
