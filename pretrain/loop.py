@@ -1,5 +1,6 @@
 """The training loop: one step after another, everything logged; stopped, it goes on exactly."""
 
+import errno
 import math
 import random
 import signal
@@ -65,11 +66,17 @@ def train(
         UserError: the loss is not finite, the run cannot be resumed, a loading worker was killed.
         Stopped: a signal came; the checkpoint is written.
     """
-    run = Run(config, images, output_folder(folder), knn)
+    try:
+        run = Run(config, images, output_folder(folder), knn)
+    except (RuntimeError, MemoryError) as error:
+        _refuse_if_out_of_memory(error)
+        raise
     if resume is not None:
         run.step = checkpoint.resume(resume, run.model, run.optimizer, config)
         if run.step >= run.steps:
             distributed.say(f"{folder}: this run is finished, {run.step} steps")
+            if distributed.rank() == 0 and not (folder / RUN_NAME).exists():
+                run.finish(resume)  # it was ended between its last checkpoint and its record
             return resume
         distributed.say(f"resumed {resume} at step {run.step} of {run.steps}")
     elif config.init_from:
@@ -79,9 +86,14 @@ def train(
     try:
         with StopRequest(SIGNALS) as stop, shown:
             last = run.go(stop, shown, resume)
-    except RuntimeError as error:
+    except BrokenPipeError:  # whoever reads our lines left
+        raise
+    except OSError as error:
+        raise UserError(_system_error(error, config.workers, folder)) from error
+    except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error):
             raise UserError(_killed_worker(error, config.workers)) from error
+        _refuse_if_out_of_memory(error)
         raise
     if distributed.rank() == 0:
         run.finish(last)
@@ -222,7 +234,7 @@ class Run:
 
     def finish(self, last: Path) -> None:
         """Write the run's record and say what came out."""
-        config, lines, K = self.config, read_log(self.folder), self.model.negatives
+        config, lines, negatives = self.config, read_log(self.folder), self.model.negatives
         loss = mean_of_last_tenth(lines, "loss")
         batch_top1 = mean_of_last_tenth(lines, "batch_top1")
         write_json(
@@ -232,11 +244,12 @@ class Run:
                 "arch": config.arch,
                 "set": "embedded digits" if config.data == "embedded" else config.data,
                 "images": len(self.images),
-                "K": K,
+                **({"K": config.K} if self.model.holds_keys else {}),
+                "negatives": negatives,
                 "m": config.m,
                 "tau": config.tau,
                 "steps": self.step,
-                "chance_loss": math.log(K + 1),
+                "chance_loss": math.log(negatives + 1),
                 "loss_last_tenth": loss,
                 "batch_top1_last_tenth": batch_top1,
                 "batch_size": config.batch_size,
@@ -247,7 +260,7 @@ class Run:
                 "config": as_dict(config),
             },
         )
-        print(verdict(loss, K, batch_top1, config.batch_size))
+        print(verdict(loss, negatives, batch_top1, config.batch_size))
 
     def _batches(self) -> Iterator[list[Tensor]]:
         config = self.config
@@ -389,7 +402,26 @@ def seed_generators(seed: int, step: int) -> None:
     torch.manual_seed(number)
 
 
-def _killed_worker(error: RuntimeError, workers: int) -> str:
+def _refuse_if_out_of_memory(error: Exception) -> None:
+    """Turn an allocation that failed into one line."""
+    signs = ("can't allocate memory", "out of memory", "not enough memory", "torage size")
+    words = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or any(sign in words for sign in signs):
+        raise UserError(
+            f"memory ran out ({words[-160:]}); lower --batch-size, or take it in parts with "
+            "--accumulate; lower --moco-k, the key dim or image_size"
+        ) from error
+
+
+def _system_error(error: OSError, workers: int, folder: Path) -> str:
+    if error.errno in {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}:
+        cause = f"{workers} workers are more than this machine holds; lower --workers"
+    else:
+        cause = f"see to {error.filename or folder}, then go on with --resume auto"
+    return f"the system refused ({error.strerror or error}): {cause}"
+
+
+def _killed_worker(error: Exception, workers: int) -> str:
     cause = str(error).splitlines()[0]
     return (
         f"a process that loads images ended: {cause} With Killed or Bus error memory ran out: "
