@@ -78,12 +78,15 @@ def save(
         },
     }
     try:
-        with atomic_write(path) as temporary:
-            torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch has no error of its own for a full disk
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        # Torch hides what the system said, as of a full disk, behind an error of its own.
+        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+        reason = cause.strerror if cause else str(error).splitlines()[0][:120]
         raise UserError(
-            f"{path}: cannot be written ({str(error).splitlines()[0][:120]}); the checkpoints "
-            "before it stay; make room, then go on with --resume auto"
+            f"{path}: cannot be written ({reason}); the checkpoints before it stay; make room, "
+            "then go on with --resume auto"
         ) from error
     if config.keep:
         # A run that was resumed from an earlier file has later ones, which it will write again.
@@ -224,8 +227,12 @@ def read_run(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no closed list of what a damaged file raises
         raise UserError(f"--resume {path}: cannot be read; name an earlier checkpoint") from error
-    extra = content.get(EXTRA_KEY) if isinstance(content, dict) else None
-    if not (isinstance(extra, dict) and {"step", "config"} <= extra.keys()):
+    try:
+        extra = dict(content)[EXTRA_KEY]
+        whole = isinstance(json.loads(extra["config"]), dict)
+    except (TypeError, KeyError, IndexError, ValueError, RuntimeError):
+        whole = False
+    if not whole:
         raise UserError(
             f"--resume {path}: holds weights, and not the state of a run of ours; "
             "the released checkpoints of the papers are of this kind, and --init-from takes them"

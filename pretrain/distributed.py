@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 STEP_TIMEOUT = timedelta(minutes=30)  # for one message: a checkpoint or a vote may lie between two
 GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting")
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # SLURM warns with USR
 LEAVE_S = 3.0  # how long the process that may hold the store waits for the others to leave
 LONGEST_WAIT_S = 30 * 24 * 3600.0
 
@@ -113,8 +114,7 @@ def run_children(command: Sequence[str], count: int, launch: Launch) -> int:
         SIGTERM, SIGUSR1 and SIGUSR2 are handed on.
     """
     nodes, node = max(launch.nodes, 1), max(launch.node, 0)
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    with StopRequest(stops) as stop:
+    with StopRequest(STOPS) as stop:
         children = []
         for local in range(count):
             place = {"RANK": node * count + local, "WORLD_SIZE": nodes * count}
@@ -297,12 +297,11 @@ def _meet(url: str, place: int, count: int, backend: str, timeout_s: float) -> "
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Let signals end the process at once: Python's handlers wait while the transport does."""
-    signums = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(signum, signal.SIG_DFL) for signum in signums]
+    before = [signal.signal(signum, signal.SIG_DFL) for signum in STOPS]
     try:
         yield
     finally:
-        for signum, handler in zip(signums, before, strict=True):
+        for signum, handler in zip(STOPS, before, strict=True):
             signal.signal(signum, handler)
 
 

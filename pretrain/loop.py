@@ -35,12 +35,6 @@ from pretrain.sources import ImageList
 from pretrain.views import AUGMENTATIONS, Views, epoch_order, generator
 
 RUN_NAME = "run.json"
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # SLURM warns with USR1, 2
 
 
 def train(
@@ -76,6 +70,7 @@ def train(
         if run.step >= run.steps:
             distributed.say(f"{folder}: this run is finished, {run.step} steps")
             if distributed.rank() == 0 and not (folder / RUN_NAME).exists():
+                run.seconds = run.seconds_before()
                 run.finish(resume)  # it was ended between its last checkpoint and its record
             return resume
         distributed.say(f"resumed {resume} at step {run.step} of {run.steps}")
@@ -84,7 +79,7 @@ def train(
     images_done, total = run.step * config.batch_size, run.steps * config.batch_size
     shown = Progress(total, "pretrain", done=images_done, quiet=quiet or distributed.rank() > 0)
     try:
-        with StopRequest(SIGNALS) as stop, shown:
+        with StopRequest(distributed.STOPS) as stop, shown:
             last = run.go(stop, shown, resume)
     except BrokenPipeError:  # whoever reads our lines left
         raise
@@ -172,9 +167,7 @@ class Run:
     def go(self, stop: StopRequest, shown: Progress, resumed: Path | None) -> Path:
         """Take the steps that are left; return the last checkpoint."""
         log = Log(self.folder, self.step) if distributed.rank() == 0 else None
-        self.seconds = max(
-            (line.get("seconds", 0.0) for line in read_log(self.folder)), default=0.0
-        )
+        self.seconds = self.seconds_before()
         saved, last_saved, since_line = resumed, time.monotonic(), time.monotonic()
         seen: list[Tensor] = []
         for views in self._batches():
@@ -200,6 +193,10 @@ class Run:
                 raise Stopped(signum)
         assert saved is not None
         return saved
+
+    def seconds_before(self) -> float:
+        """Return how long the run had taken by its log's last line."""
+        return max((line.get("seconds", 0.0) for line in read_log(self.folder)), default=0.0)
 
     def take_step(self, views: list[Tensor]) -> Tensor:
         """Take one step on this process's views, each (n, 3, H, W).

@@ -12,6 +12,7 @@ examples:
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from pretrain.flags import V2_COMMAND, Command, read_command
 def main(argv: list[str] | None = None) -> int:
     """Parse, build, train, return the exit status."""
     words = sys.argv[1:] if argv is None else argv
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):  # a scheduler's warnings end us as SIGTERM does
+        signal.signal(signum, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     try:
         command = read_command(words, __doc__ or "")
     except UserError:
