@@ -130,6 +130,8 @@ def claim(folder: Path, config: PretrainConfig, *, resume: Path | None, asked: b
         )
     output_folder(folder)
     if distributed.rank() == 0:
+        for half in folder.glob(".checkpoint_*.pth.tar.*"):  # of a run killed while it wrote
+            half.unlink(missing_ok=True)
         write_json(folder / "config.json", as_dict(config))
 
 

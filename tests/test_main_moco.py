@@ -255,14 +255,20 @@ def test_a_run_taken_up_earlier_keeps_what_it_writes(pictures, tmp_path):
     ]
 
 
-def test_a_refused_config_leaves_the_folders_as_it_is(pictures, tmp_path):
+def test_a_refused_config_leaves_the_folder_as_it_is_and_a_taken_one_tidies_it(pictures, tmp_path):
     config = small_config(pictures, max_steps=1)
     claim(tmp_path, config, resume=None, asked=False)
     path = train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
     before = (tmp_path / "config.json").read_bytes()
+    half = tmp_path / ".checkpoint_0001.pth.tar.x1"
+    half.write_bytes(b"of a run that was killed while it wrote")
     with pytest.raises(UserError, match=r"another config: tau 0.07 -> 0.2; take it back"):
         claim(tmp_path, replace(config, tau=0.2), resume=path, asked=True)
     assert (tmp_path / "config.json").read_bytes() == before
+    assert half.exists()
+    claim(tmp_path, config, resume=path, asked=True)
+    assert not half.exists()
+    assert path.exists()
 
 
 @pytest.mark.parametrize(
