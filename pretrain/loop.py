@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from convert.backbone import load_backbone
+from convert.backbone import load_backbone, weights_digest
 from convert.errors import Stopped, StopRequest, UserError
 from convert.facts import STRIDE_IN_1X1
 from convert.files import environment, output_folder, write_json
@@ -76,6 +76,7 @@ def train(
         distributed.say(f"resumed {resume} at step {run.step} of {run.steps}")
     elif config.init_from:
         distributed.say(init_from(run.model, config.init_from))
+    _check_start(run)
     images_done, total = run.step * config.batch_size, run.steps * config.batch_size
     shown = Progress(total, "pretrain", done=images_done, quiet=quiet or distributed.rank() > 0)
     try:
@@ -93,6 +94,23 @@ def train(
     if distributed.rank() == 0:
         run.finish(last)
     return last
+
+
+def _check_start(run: "Run") -> None:
+    """See that all processes begin at one step with the same weights.
+
+    Raises:
+        UserError: they do not; nothing later would make them equal.
+    """
+    if distributed.size() > 1:
+        state = {name: value.cpu() for name, value in run.model.state_dict().items()}
+        starts = {"weights": weights_digest(state), "step": run.step}
+        differ = distributed.differing(starts)
+        if differ:
+            raise UserError(
+                f"the processes of this run begin with different {' and '.join(differ)}: the file "
+                "of --resume or --init-from must be the same on every machine"
+            )
 
 
 def init_from(model: Contrast, source: str) -> str:
