@@ -1,37 +1,174 @@
-"""Is it learning? The log, the kNN vote, the mean loss against chance."""
+"""Is it learning? The log, what is said of it, the kNN vote, the mean loss against chance."""
 
+import csv
+import io
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import functional as transforms
+from tqdm import tqdm
 
+from convert.files import write_text
 from convert.pixels import IMAGENET_PIXELS, Pixels
 from pretrain.sources import ImageList
+from pretrain.verdicts import Judge
 
 LOG_NAME = "log.jsonl"
+CSV_NAME = "log.csv"
+TENSORBOARD_NAME = "tensorboard"
+# What a line may hold, in the order of the CSV's columns. A line of steps has means over the steps
+# since the line before it, and the spread of its last step's embeddings; a vote has its own line.
+COLUMNS = (
+    "step",  # done
+    "steps",  # of the whole run
+    "epoch",  # done, with the share of the one under way
+    "loss",
+    "chance_loss",  # of a guess: log(K + 1)
+    "top1",  # percent of queries that score their key above all negatives
+    "batch_top1",  # percent that score it above the batch's other keys
+    "lr",
+    "gradient_norm",
+    "alignment",  # see pretrain/spread.py
+    "uniformity",
+    "effective_rank",
+    "queue_age_steps",  # since the oldest stored key was made
+    "queue_random",  # percent of the stored keys that are still the random ones of the start
+    "images_per_s",
+    "data_wait",  # percent of the time in which the loop waited for images
+    "seconds",  # of training so far
+    "knn_top1",  # percent
+    "verdicts",  # what began or ended: sentences
+)
+Item = TypeVar("Item")
 QUERIES_AT_ONCE = 256
 
 
 class Log:
-    """`log.jsonl`: one line per logged step or epoch, appended, cut back when a run is resumed."""
+    """A run's log, a line per logged steps or vote, in three formats.
+
+    `log.jsonl` is the log; `log.csv` and the event files of TensorBoard, where that is installed,
+    say the same. When a run is resumed, all are cut back to where it goes on.
+
+    Args:
+        folder: the run's.
+        step: steps done: lines beyond are forgotten.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Open the log of a run that goes on after `step`, without the lines beyond it."""
-        self.path = folder / LOG_NAME
-        kept = [line for line in read_log(folder) if line["step"] <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.folder, self.step = folder, step
+        self.kept = [line for line in read_log(folder) if line["step"] <= step]
+        write_text(folder / LOG_NAME, "".join(json.dumps(line) + "\n" for line in self.kept))
+        rows = "".join(_csv_row(line) for line in self.kept)
+        write_text(folder / CSV_NAME, ",".join(COLUMNS) + "\n" + rows)
+        self._writer: Any = None
 
-    def add(self, **values: float) -> None:
-        """Append one line."""
-        rounded = {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded) + "\n")
+    def add(self, **values: Any) -> None:
+        """Append one line; numbers that are not finite are left out."""
+        line = {key: v for key, v in rounded(values).items() if _is_written(v)}
+        for name, text in ((LOG_NAME, json.dumps(line) + "\n"), (CSV_NAME, _csv_row(line))):
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        self._show(line)
+
+    def close(self) -> None:
+        """Write what TensorBoard's writer still holds."""
+        if self._writer:
+            self._writer.close()
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if self._writer is None:  # now and not earlier: its thread must not be forked
+            self._writer = _tensorboard(self.folder, self.step)
+        if self._writer:
+            step = line["step"]
+            for key, value in line.items():
+                if key == "verdicts":
+                    self._writer.add_text(key, "  \n".join(value), step)
+                elif key not in {"step", "steps"}:
+                    self._writer.add_scalar(key, value, step)
+            self._writer.flush()
+
+
+class Watch:
+    """Logs a run and says the verdicts on it, each once.
+
+    Args:
+        folder: the run's.
+        step: steps done; the log before it is read again, so that what held still holds.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.log, self.judge = Log(folder, step), Judge()
+        for line in self.log.kept:
+            self.judge.hear(line)
+
+    def add(self, **values: Any) -> None:
+        """Log a line, with what is to be said of it."""
+        said = self.judge.hear(rounded(values))
+        self.log.add(**values, **({"verdicts": said} if said else {}))
+        for words in said:
+            tqdm.write(words)  # above the progress bar, if there is one
+
+
+class Waiting(Generic[Item]):
+    """Goes through items and counts the seconds that they were waited for.
+
+    On a GPU, which works while its host waits, a short wait costs nothing; the lines of the log let
+    host and device meet, so that a share of the time between them is a share of the device's too.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = iter(items)
+        self._seconds = 0.0
+
+    def __iter__(self) -> "Waiting[Item]":
+        return self
+
+    def __next__(self) -> Item:
+        started = time.monotonic()
+        try:
+            return next(self._items)
+        finally:
+            self._seconds += time.monotonic() - started
+
+    def since_asked(self) -> float:
+        """Return the seconds since this was last asked for."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a line's values as the log has them: six digits, which a resumed run reads again."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+
+
+def _is_written(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _csv_row(line: dict[str, Any]) -> str:
+    row = io.StringIO()
+    values = [line.get(key, "") for key in COLUMNS]
+    csv.writer(row, lineterminator="\n").writerow(
+        [" | ".join(v) if isinstance(v, list) else v for v in values]
+    )
+    return row.getvalue()
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """Open a writer of event files that hides what an earlier one wrote beyond a step; or False."""
+    if find_spec("tensorboard") is None:
+        return False
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step + 1)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
