@@ -147,7 +147,7 @@ def _check_ranges(config: PretrainConfig) -> None:
         "start_epoch": 0 <= config.start_epoch < config.epochs or config.iterations > 0,
     }
     never_negative = "lr weight_decay max_steps residual_gamma keep bn_groups iterations gamma"
-    for key in [*never_negative.split(), "warmup_epochs", "warmup_iterations"]:
+    for key in [*never_negative.split(), "warmup_epochs", "warmup_iterations", "knn_every"]:
         ranges[key] = getattr(config, key) >= 0
     wrong = [f"{key} {getattr(config, key)}" for key, good in ranges.items() if not good]
     if wrong:

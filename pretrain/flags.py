@@ -71,6 +71,8 @@ def build_parser(description: str) -> Parser:
     add("--compile", action="store_true", default=None, help="compile the encoders")
     add("--checkpoint-every", metavar="N", help="steps, or minutes as 5m; default: every epoch")
     add("--keep", metavar="N", help="checkpoints kept; 0: all")
+    add("--knn-dir", metavar="DIR", help="labelled train/ and val/ for kNN votes")
+    add("--knn-every", metavar="N", help="epochs between the votes; default with --knn-dir: 1")
     add("--moco-dim", dest="dim", metavar="C", help="length of an embedding")
     add("--moco-k", dest="K", metavar="K", help="keys in the queue")
     add("--moco-m", dest="m", metavar="m", help="momentum of the key encoder")
@@ -118,6 +120,8 @@ def read_command(argv: list[str], description: str = "") -> Command:
         raise UserError(f"no images: name a folder with train/ in it, as in {V2_COMMAND}")
     before = load_config(PretrainConfig, recipe).batch_size
     config, notes = _batch_of_all(config, launch, before, scale_lr=scale_lr)
+    if config.knn_dir and not config.knn_every:
+        config = replace(config, knn_every=1)
     name = recipe.stem if recipe else f"{config.method.lower().replace(' ', '_')}_{config.arch}"
     folder = output_dir or Path("output/pretrain") / name
     return Command(config, name, notes, folder, resume or "", quiet, launch)

@@ -59,7 +59,7 @@ def train(
         images: the training set.
         folder: where checkpoints, log and record go; one process writes.
         resume: a checkpoint of this run to go on from.
-        knn: votes every `knn_every` epochs and at the end, where the set has labels.
+        knn: votes before the first step, every `knn_every` epochs and at the end.
         quiet: show no progress.
 
     Raises:
@@ -169,6 +169,8 @@ class Run:
         self.seconds = max(
             (line.get("seconds", 0.0) for line in read_log(self.folder)), default=0.0
         )
+        if log and self.knn and self.config.knn_every and resumed is None:
+            log.add(step=self.step, epoch=self._epoch(), knn_top1=self._vote())
         saved, last_saved, since_line = resumed, time.monotonic(), time.monotonic()
         seen: list[Tensor] = []
         batches = Waiting(self._batches())
@@ -317,7 +319,9 @@ class Run:
     def _gradient_norm(self) -> Tensor:
         """Return the (1,) norm of the last step's gradient; it stays on the device."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.stack(torch._foreach_norm(gradients)).norm().view(1)
+        norms: Tensor = torch.stack(torch._foreach_norm(gradients))
+        norm: Tensor = norms.norm()
+        return norm.view(1)
 
     def _spread(self) -> dict[str, float]:
         """Measure how the last step's embeddings lie: those of this process."""

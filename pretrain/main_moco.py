@@ -47,7 +47,7 @@ def run(command: Command) -> int:
     from pretrain import checkpoint, distributed
     from pretrain.checks import check
     from pretrain.loop import train
-    from pretrain.monitor import KnnMonitor
+    from pretrain.monitor import open_knn
     from pretrain.sources import open_set
 
     config, folder, say = command.config, command.output_dir, distributed.say
@@ -58,12 +58,10 @@ def run(command: Command) -> int:
     resume = checkpoint.choose_resume(command.resume, folder, restarted=distributed.restarts() > 0)
     path = checkpoint.find_resume(resume, folder)
     config = check(config, len(images), checkpoint.settled_keys(path))
+    knn = open_knn(config, images, val)
     checkpoint.claim(folder, resume=bool(resume))
     if distributed.rank() == 0:
         write_json(folder / "config.json", as_dict(config))
-    knn = None
-    if val and distributed.rank() == 0:
-        knn = KnnMonitor(images, val, config.image_size, bf16=config.precision == "bf16")
     last = train(config, images, folder, resume=path, knn=knn, quiet=command.quiet)
     say(f"checkpoint: {last}\nnext: python convert/to_detectron2.py {last}")
     return 0

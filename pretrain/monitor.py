@@ -5,7 +5,9 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,9 +18,12 @@ from torch.nn import functional
 from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
+from convert.errors import UserError
 from convert.files import write_text
 from convert.pixels import IMAGENET_PIXELS, Pixels
-from pretrain.sources import ImageList
+from pretrain import distributed
+from pretrain.config import PretrainConfig
+from pretrain.sources import ImageList, open_set
 from pretrain.verdicts import Judge
 
 LOG_NAME = "log.jsonl"
@@ -49,6 +54,8 @@ COLUMNS = (
 )
 Item = TypeVar("Item")
 QUERIES_AT_ONCE = 256
+KNN_K, KNN_TAU = 200, 0.1  # of the reference's CIFAR-10 notebook
+SHOWN = 3  # names in an error line
 
 
 class Log:
@@ -217,8 +224,8 @@ def knn_top1(
     queries: Tensor,
     labels: Tensor,
     *,
-    k: int = 200,
-    tau: float = 0.1,
+    k: int = KNN_K,
+    tau: float = KNN_TAU,
     num_classes: int,
 ) -> float:
     """Vote with weighted nearest neighbours, as InstDisc does (arXiv:1805.01978, Sec. 3.4).
@@ -253,12 +260,16 @@ def knn_top1(
 class KnnMonitor:
     """Scores an encoder's backbone features on a labelled set while it trains.
 
+    k and tau are those of the reference's CIFAR-10 notebook, where there are as many images of a
+    class; more neighbours than those would always be foreigners.
+
     Args:
         train: images of the bank.
-        val: images that are classified.
+        val: images that are classified, of the same classes.
         size: side of the images fed in, in pixels.
         bf16: run the encoder under bfloat16 autocast.
         pixels: the statistics to normalise with.
+        workers: threads that read images.
     """
 
     def __init__(
@@ -269,12 +280,15 @@ class KnnMonitor:
         *,
         bf16: bool = False,
         pixels: Pixels = IMAGENET_PIXELS,
+        workers: int = 1,
     ) -> None:
         self.train = train
         self.val = val
         self.size = size
         self.bf16 = bf16
         self.pixels = pixels
+        self.workers = max(1, workers)
+        self.k = min(KNN_K, max(1, len(train) // len(train.classes)))
 
     def __call__(self, encoder: nn.Module, device: torch.device, batch_size: int = 64) -> float:
         """Return kNN top-1 in percent; the encoder is left as it was."""
@@ -287,8 +301,9 @@ class KnnMonitor:
         finally:
             encoder.fc = head
             encoder.train(training)
-        classes = len(self.train.classes)
-        return knn_top1(bank, bank_labels, queries, labels, num_classes=classes)
+        return knn_top1(
+            bank, bank_labels, queries, labels, k=self.k, num_classes=len(self.train.classes)
+        )
 
     @torch.no_grad()
     def _features(
@@ -302,9 +317,19 @@ class KnnMonitor:
         return torch.cat(found), torch.tensor(images.labels, device=device)
 
     def _batches(self, images: ImageList, batch_size: int) -> Iterator[Tensor]:
-        for first in range(0, len(images), batch_size):
-            places = range(first, min(first + batch_size, len(images)))
-            yield torch.stack([self._pixels_of(images, index) for index in places])
+        """Read batches in order, some ahead of the one that is encoded."""
+        waiting: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(self.workers) as pool:
+            for first in range(0, len(images), batch_size):
+                places = range(first, min(first + batch_size, len(images)))
+                waiting.append(pool.submit(self._batch, images, places))
+                if len(waiting) > self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _batch(self, images: ImageList, places: Iterable[int]) -> Tensor:
+        return torch.stack([self._pixels_of(images, index) for index in places])
 
     def _pixels_of(self, images: ImageList, index: int) -> Tensor:
         image = transforms.resize(images.read(index), [self.size])
@@ -312,3 +337,49 @@ class KnnMonitor:
         tensor = transforms.to_tensor(image)
         normalised: Tensor = transforms.normalize(tensor, self.pixels.mean, self.pixels.std)
         return normalised
+
+
+def open_knn(config: PretrainConfig, images: ImageList, val: ImageList | None) -> KnnMonitor | None:
+    """Set up the votes that a config asks for; None where it asks for none.
+
+    Args:
+        config: its `knn_dir` or, without one, the training set itself has the labels.
+        images: the training set.
+        val: its labelled part to vote on, if it has one.
+
+    Raises:
+        UserError: the folder is missing, has no val/, or val/ has other classes than train/.
+    """
+    if not config.knn_every:
+        return None
+    where = config.knn_dir or config.data
+    if config.knn_dir:
+        images, val = open_set(config.knn_dir)
+        if val is None:
+            raise UserError(
+                f"kNN folder {where}: has no val/; want {where}/val/CLASS/IMAGE.jpg with the "
+                "classes of train/"
+            )
+    if val is None:
+        distributed.say(f"no kNN votes: {where} has no val/; name a labelled folder: --knn-dir DIR")
+        return None
+    if images.classes != val.classes:
+        raise UserError(f"kNN folder {where}: {_difference(images.classes, val.classes)}")
+    bf16 = config.precision == "bf16"
+    knn = KnnMonitor(images, val, config.image_size, bf16=bf16, workers=config.workers)
+    distributed.say(
+        f"kNN every {config.knn_every} epochs: {len(images)} images of {where} vote on "
+        f"{len(val)}, k {knn.k}, tau {KNN_TAU}, chance {100 / len(images.classes):.3g}%"
+    )
+    return knn
+
+
+def _difference(train: Sequence[str], val: Sequence[str]) -> str:
+    """Say in what two lists of classes differ."""
+    parts = [f"train/ has {len(train)} classes, val/ {len(val)}"]
+    for one, other, name in ((train, val, "train/"), (val, train, "val/")):
+        only = sorted(set(one) - set(other))
+        if only:
+            more = ", ..." if len(only) > SHOWN else ""
+            parts.append(f"only {name} has {', '.join(only[:SHOWN])}{more}")
+    return "; ".join([*parts, "want the same class folders in both"])

@@ -51,4 +51,5 @@ def effective_rank(x: Tensor) -> Tensor:
     arXiv:2210.02885, Eq. (1)).
     """
     values = torch.linalg.svdvals(x)
-    return torch.special.entr(values / values.sum()).sum().exp()
+    rank: Tensor = torch.special.entr(values / values.sum()).sum().exp()
+    return rank

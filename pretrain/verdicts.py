@@ -94,8 +94,8 @@ class Chance(Verdict):
     def begin(self, line: Line) -> str:
         """Name the loss, chance, and how images of one batch are told apart."""
         return (
-            f"the loss has been {line['loss']:.3f} or so since step {self.since[0]}, and a guess has "
-            f"log(K + 1) = {line['chance_loss']:.3f}; {line['batch_top1']:.1f}% of queries are "
+            f"the loss has been {line['loss']:.3f} or so since step {self.since[0]}, and a guess "
+            f"has log(K + 1) = {line['chance_loss']:.3f}; {line['batch_top1']:.1f}% of queries are "
             "nearest to their own key in the batch. Normal in the first epoch; if it lasts, try "
             "another --lr or weaker augmentation"
         )
@@ -176,10 +176,10 @@ class Leak(Verdict):
             else f"the kNN vote fell from {self.best:.1f} to {self.knn:.1f}%"
         )
         return (
-            f"{line['top1']:.2f}% of queries find their key since step {self.since[0]}, and {voted}: "
-            "batch norm leaks which key it is, or the augmentation is too weak; --leak-meter tells "
-            "which: take more --bn-groups for the one, a smaller crop_scale or --aug-plus for the "
-            "other"
+            f"{line['top1']:.2f}% of queries find their key since step {self.since[0]}, and "
+            f"{voted}: batch norm leaks which key it is, or the augmentation is too weak. "
+            "--leak-meter tells which: against the one, more --bn-groups; against the other, "
+            "--aug-plus or a smaller crop_scale"
         )
 
     def end(self, line: Line) -> str:
@@ -203,9 +203,10 @@ class Collapse(Verdict):
         """Say how near each other embeddings are."""
         apart = -line["uniformity"] / 2
         return (
-            f"the embeddings of all images are one since step {self.since[0]}: pairs are {apart:.2g} "
-            f"apart (squared; 2 is random), in {line['effective_rank']:.1f} directions; the "
-            "features tell images apart no more: lower --lr or --wd, warm up, check the images"
+            f"the embeddings of all images are one since step {self.since[0]}: pairs are "
+            f"{apart:.2g} apart (squared; random ones: 2), in {line['effective_rank']:.1f} "
+            "directions. Features do not tell images apart: lower --lr or --wd, warm up, look at "
+            "the images"
         )
 
     def end(self, line: Line) -> str:
