@@ -4,8 +4,7 @@ A verdict begins when some lines in a row show it, and ends when as many do not;
 each. Everything it remembers comes from the lines, so that a resumed run which reads its log again
 is where it was.
 
-Two runs are behind the thresholds (see `facts` in each): the reference's ImageNet and CIFAR-10
-logs, and MoCo v1's Figure A.1.
+What is behind the thresholds stands under "Facts" in each.
 """
 
 import math
@@ -18,7 +17,7 @@ Line = Mapping[str, Any]
 NEAR_CHANCE = 0.02  # of log(K + 1)
 SURE = 99.9  # percent of queries that find their key
 KNN_FALL = 1.0  # points
-COLLAPSED_UNIFORMITY = -0.02
+COLLAPSED = -0.002  # uniformity
 WAIT = 25.0  # percent of the time
 
 
@@ -71,7 +70,7 @@ class Verdict:
         return f"{self.name}: {words}"
 
     def lasted(self, step: int, epoch: float) -> str:
-        """Say how long it has held at a step."""
+        """Say how long it had held at a step."""
         return f"{step - self.since[0]} steps ({epoch - self.since[1]:.3g} epochs)"
 
 
@@ -162,8 +161,8 @@ class Leak(Verdict):
         if "knn_top1" in line:
             self.knn, self.best = line["knn_top1"], max(self.best, line["knn_top1"])
             return None
-        if "top1" not in line:
-            return None
+        if "top1" not in line or line.get("queue_random", 0.0) > 0:
+            return None  # random keys are easily told from a positive
         self.sure = line["top1"] > SURE
         falls = math.isnan(self.knn) or self.best - self.knn > KNN_FALL
         return self.sure and falls
@@ -189,7 +188,11 @@ class Leak(Verdict):
 
 
 class Collapse(Verdict):
-    """All images have one embedding."""
+    """All images have one embedding.
+
+    Facts: embeddings are near each other when a run begins. The nearest seen in a run that learned,
+    a ResNet-18 in its first epoch, had a uniformity of -0.008: pairs 0.004 apart, squared.
+    """
 
     name = "collapse"
 
@@ -197,7 +200,7 @@ class Collapse(Verdict):
         """Look for pairs that are no distance apart."""
         if "uniformity" not in line:
             return None
-        return bool(line["uniformity"] > COLLAPSED_UNIFORMITY)
+        return bool(line["uniformity"] > COLLAPSED)
 
     def begin(self, line: Line) -> str:
         """Say how near each other embeddings are."""
