@@ -166,6 +166,11 @@ def _check_sizes(config: PretrainConfig, method: type[Contrast], images: int) ->
         raise UserError(
             f"batch of {config.batch_size}: the set has {images} images; lower --batch-size"
         )
+    if config.leak_meter and (images < 2 * config.batch_size or not method.leaks):
+        raise UserError(
+            f"leak_meter: a batch is {config.batch_size} of {images} images, {config.method}; want "
+            "two batches or more, and a method whose keys are encoded beside other images'"
+        )
     if not method.holds_keys:
         return
     if config.K < config.batch_size:

@@ -1,7 +1,7 @@
 """The leak meter: does batch norm tell the network which key is a query's own?
 
 Shapes:
-    N: images of a step; P: batches of the pool; M = P N: its images
+    N: images of a forward pass; P: batches of the pool; M = P N: its images
     C: length of an embedding
 
 Query and key of an image are encoded in batches. If both batches hold the same images, both have
@@ -25,6 +25,7 @@ from pretrain.contrast import Contrast
 from pretrain.views import Views, generator
 
 BATCHES = 16  # P, where the set has as many
+AT_MOST = 2048  # M, so that large batches take no minutes; but two batches at the least
 EPOCH = -1  # the views of the pool are those of no epoch
 
 
@@ -33,20 +34,21 @@ def measure(model: Contrast, views: Views, batch_size: int, seed: int) -> dict[s
 
     Args:
         model: with an encoder of queries, and one of keys if it has two.
-        views: of the training set.
-        batch_size: N of this process.
+        views: of the training set, two batches of them or more.
+        batch_size: N, images of one pass.
         seed: of the run; the pool's images are the same whenever it is measured.
 
     Returns:
         Percent of queries that score their own key above those of all other batches:
         `leak_same`, keys encoded in the query's batch, and `leak_shuffled`, in other ones.
     """
-    M = min(BATCHES, len(views) // batch_size) * batch_size
+    P = max(2, min(BATCHES, AT_MOST // batch_size, len(views) // batch_size))
+    M = P * batch_size
     places = torch.randperm(len(views), generator=generator(seed, "leak"))[:M]
     order = torch.randperm(M, generator=generator(seed, "leak", "shuffle"))
-    encoders = model.encoders()
-    f_q, f_k = encoders[0], encoders[-1]
-    with _left_alone(encoders), torch.no_grad():
+    f_q = model.encoder_q
+    f_k = getattr(model, "encoder_k", f_q)
+    with _left_alone([f_q, f_k]), torch.no_grad():
         pool = default_collate([views[EPOCH, index] for index in places.tolist()])
         first, second = (view.to(model.device) for view in (pool[0], pool[-1]))
         q = _encode(model, f_q, first, batch_size)
@@ -72,7 +74,8 @@ def found_percent(q: Tensor, k: Tensor, batch_size: int) -> float:
     scores = q @ k.T
     batch = torch.arange(len(q), device=q.device) // batch_size
     negatives = scores.masked_fill(batch[:, None] == batch, -torch.inf).amax(dim=1)
-    return float(100 * (scores.diagonal() > negatives).float().mean())
+    found: Tensor = (scores.diagonal() > negatives).float()
+    return 100 * float(found.mean())
 
 
 def _encode(model: Contrast, encoder: nn.Module, images: Tensor, batch_size: int) -> Tensor:

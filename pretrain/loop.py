@@ -21,7 +21,7 @@ from convert.files import environment, output_folder, write_json
 from convert.names import is_backbone_name
 from convert.pixels import IMAGENET_PIXELS
 from convert.progress import Progress
-from pretrain import checkpoint, distributed
+from pretrain import checkpoint, distributed, leak
 from pretrain.checks import groups_of_a_pass
 from pretrain.config import PretrainConfig, as_dict
 from pretrain.contrast import Batch, Contrast
@@ -169,8 +169,8 @@ class Run:
         self.seconds = max(
             (line.get("seconds", 0.0) for line in read_log(self.folder)), default=0.0
         )
-        if log and self.knn and self.config.knn_every and resumed is None:
-            log.add(step=self.step, epoch=self._epoch(), knn_top1=self._vote())
+        if log and resumed is None:
+            self._look(log)
         saved, last_saved, since_line = resumed, time.monotonic(), time.monotonic()
         seen: list[Tensor] = []
         batches = Waiting(self._batches())
@@ -189,8 +189,8 @@ class Run:
                     log.add(**values, **self._spread())
                 shown.add(len(seen) * self.config.batch_size, f"loss {values['loss']:.3f}")
                 since_line, seen = now, []
-            if log and ends_epoch and self._knn_due():
-                log.add(step=self.step, epoch=self._epoch(), knn_top1=self._vote())
+            if log and ends_epoch:
+                self._look(log)
                 since_line = time.monotonic()
             if due:
                 saved, last_saved = self._save(ends_epoch), time.monotonic()
@@ -266,14 +266,17 @@ class Run:
             for words in self.watch.judge.still(self.step, self._epoch()):
                 print(words)
 
-    def _batches(self) -> Iterator[list[Tensor]]:
+    def _views(self) -> Views:
         config = self.config
         scale = (config.crop_scale[0], config.crop_scale[1])
         augmentation = replace(AUGMENTATIONS[config.augmentation], crop_scale=scale)
         count = self.model.views
-        views = Views(self.images, augmentation, config.image_size, config.seed, count)
+        return Views(self.images, augmentation, config.image_size, config.seed, count)
+
+    def _batches(self) -> Iterator[list[Tensor]]:
+        config = self.config
         yield from DataLoader(
-            views,
+            self._views(),
             batch_sampler=_Batches(self),
             num_workers=-(-config.workers // distributed.local_size()),
             pin_memory=self.device.type == "cuda",
@@ -365,15 +368,23 @@ class Run:
         distributed.agree(0)  # nobody leaves, or reads it, before it is written
         return checkpoint.path_of(self.folder, epoch)
 
+    def _look(self, watch: Watch) -> None:
+        """Vote and measure the leak, where they are asked for and due: between two epochs."""
+        found = {}
+        if self._knn_due():
+            assert self.knn is not None
+            found["knn_top1"] = self.knn(self.model.encoder_q, self.device)
+        if self.config.leak_meter:
+            count = self.config.batch_size // distributed.size() // self.config.accumulate
+            found |= leak.measure(self.model, self._views(), count, self.config.seed)
+        if found:
+            watch.add(step=self.step, epoch=self._epoch(), **found)
+
     def _knn_due(self) -> bool:
         if self.knn is None or not self.config.knn_every:
             return False
         epoch = self.step // self.steps_per_epoch
         return epoch % self.config.knn_every == 0 or self.step == self.steps
-
-    def _vote(self) -> float:
-        assert self.knn is not None
-        return self.knn(self.model.encoder_q, self.device)
 
 
 class Order:

@@ -9,6 +9,8 @@ examples:
       a recipe, and any of its keys as KEY VALUE
   torchrun --nproc-per-node 8 --max-restarts 3 pretrain/main_moco.py DIR
       one process a GPU; a group that lost a worker goes on by itself
+  python pretrain/main_moco.py --report output/pretrain/moco_v1_resnet50
+      the curves of a run, as a picture and a page; nothing is trained
 """
 
 import os
@@ -28,6 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, build, train, return the exit status."""
     words = sys.argv[1:] if argv is None else argv
     command = read_command(words, __doc__ or "")
+    if command.report:
+        from pretrain.curves import report
+
+        print(*report(command.report), sep="\n")
+        return 0
     # What torch's transport has to say is told in one line by the error that follows it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from pretrain import distributed

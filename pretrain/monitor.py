@@ -50,6 +50,8 @@ COLUMNS = (
     "data_wait",  # percent of the time in which the loop waited for images
     "seconds",  # of training so far
     "knn_top1",  # percent
+    "leak_same",  # see pretrain/leak.py
+    "leak_shuffled",
     "verdicts",  # what began or ended: sentences
 )
 Item = TypeVar("Item")
