@@ -39,7 +39,7 @@ def measure(model: Contrast, views: Views, batch_size: int, seed: int) -> dict[s
         seed: of the run; the pool's images are the same whenever it is measured.
 
     Returns:
-        Percent of queries that score their own key above those of all other batches:
+        Percent of queries that score their own key above about K keys of other batches:
         `leak_same`, keys encoded in the query's batch, and `leak_shuffled`, in other ones.
     """
     P = max(2, min(BATCHES, AT_MOST // batch_size, len(views) // batch_size))
@@ -54,14 +54,15 @@ def measure(model: Contrast, views: Views, batch_size: int, seed: int) -> dict[s
         q = _encode(model, f_q, first, batch_size)
         same = _encode(model, f_k, second, batch_size)
         shuffled = _encode(model, f_k, second[order], batch_size)[order.argsort()]
+    others = max(1, round(model.negatives / batch_size))  # batches of negatives
     return {
-        "leak_same": found_percent(q, same, batch_size),
-        "leak_shuffled": found_percent(q, shuffled, batch_size),
+        "leak_same": found_percent(q, same, batch_size, others),
+        "leak_shuffled": found_percent(q, shuffled, batch_size, others),
     }
 
 
-def found_percent(q: Tensor, k: Tensor, batch_size: int) -> float:
-    """Return the percent of queries that score their own key above those of all other batches.
+def found_percent(q: Tensor, k: Tensor, batch_size: int, others: int) -> float:
+    """Return the percent of queries that score their own key above those of other batches.
 
     A queue's keys are of other batches too: those of its own batch are no negatives here, or what
     a whole batch has in common would help nobody.
@@ -70,10 +71,15 @@ def found_percent(q: Tensor, k: Tensor, batch_size: int) -> float:
         q: (M, C) queries of unit length.
         k: (M, C) their keys, unit length.
         batch_size: N; M is a multiple.
+        others: how many batches' keys are a query's negatives: the ones that follow its own.
     """
     scores = q @ k.T
     batch = torch.arange(len(q), device=q.device) // batch_size
-    negatives = scores.masked_fill(batch[:, None] == batch, -torch.inf).amax(dim=1)
+    after = (batch - batch[:, None]) % (
+        len(q) // batch_size
+    )  # batches from the query's to the key's
+    negative = (after >= 1) & (after <= others)
+    negatives = scores.masked_fill(~negative, -torch.inf).amax(dim=1)
     found: Tensor = (scores.diagonal() > negatives).float()
     return 100 * float(found.mean())
 

@@ -23,9 +23,10 @@ def rows(*degrees):
 def test_a_query_is_held_against_the_keys_of_other_batches_only():
     q = rows(0, 10, 90, 100)
     k = rows(10, 0, 90, 95)  # the first batch's keys are mixed up, which does not count
-    assert found_percent(q, k, 2) == 100
-    assert found_percent(q, k, 1) == 50  # every image its own batch: the first two are wrong
-    assert found_percent(q, rows(10, -75, 90, 95), 2) == 75
+    assert found_percent(q, k, 2, 1) == 100
+    assert found_percent(q, k, 1, 3) == 50  # every image its own batch: the first two are wrong
+    assert found_percent(q, k, 1, 1) == 75  # against the next one's only
+    assert found_percent(q, rows(10, -75, 90, 95), 2, 9) == 75
 
 
 class Signed(Contrast):
