@@ -27,11 +27,11 @@ from pretrain.contrast import Contrast
 PREFIX = "module."
 _NAME = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
 # What may differ between a run and its continuation: none of it changes what is computed, though
-# `accumulate`, as another number of processes, adds up in another order. The last two are where a
-# run begins, which a continuation does not do.
+# `accumulate`, as another number of processes, adds up in another order. `init_from` and
+# `start_epoch` are where a run begins, which a continuation does not do.
 FREE_KEYS = frozenset(
     {"workers", "print_freq", "checkpoint_every", "keep", "max_steps", "data", "accumulate"}
-    | {"init_from", "start_epoch"}
+    | {"init_from", "start_epoch", "knn_dir", "knn_every", "leak_meter"}
 )
 
 

@@ -217,6 +217,11 @@ def _check_sizes(config: PretrainConfig, method: type[Contrast], images: int) ->
             f"{config.start_epoch * per_epoch}, and the run ends after {end}; lower --start-epoch, "
             "or raise --max-steps or the key iterations"
         )
+    if config.leak_meter and (images < 2 * config.batch_size or not method.leaks):
+        raise UserError(
+            f"leak_meter: a batch is {config.batch_size} of {images} images, {config.method}; want "
+            "two batches or more, and a method whose keys are encoded beside other images'"
+        )
     if not method.holds_keys:
         if config.batch_size == 1:
             raise UserError(

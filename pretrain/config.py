@@ -76,7 +76,9 @@ class PretrainConfig:
         -1
     )  # processes that load images on each machine; -1: its cores but one, 32 at most
     print_freq: int = 10  # steps between log lines
-    knn_every: int = 0  # epochs between kNN votes where the set has labels; 0: never
+    knn_dir: str = ""  # a labelled folder, train/ and val/, for kNN votes; empty: the set's own
+    knn_every: int = 0  # epochs between the votes; 0: none, or each epoch where knn_dir is named
+    leak_meter: bool = False  # measure after every epoch what batch norm tells
     checkpoint_every: str = ""  # steps, or minutes as `5m`; empty: every epoch
     keep: int = 3  # checkpoints kept, the newest ones; 0: all
 

@@ -69,10 +69,13 @@ class Scored:
             keys of the other images in the batch. A queue's keys come from older encoders, which
             alone can tell them from a positive: only keys of one age show whether images are told
             apart.
+        embeddings: queries and their positives, each (n, C) of unit length and without a gradient;
+            what is logged of their spread. None: nothing is.
     """
 
     loss: Tensor
     values: Tensor
+    embeddings: tuple[Tensor, Tensor] | None = None
 
 
 class Contrast(nn.Module):
@@ -119,6 +122,14 @@ class Contrast(nn.Module):
     def negatives(self) -> int:
         """Return K: with chance alone, the loss is log(K + 1)."""
         return self.config.K
+
+    def random_keys(self, steps: int) -> float:
+        """Return the share of the stored keys that are still random, after so many steps."""
+        return 0.0
+
+    def oldest_key(self, steps: int) -> float | None:
+        """Return the age of the oldest stored key in steps; None where none is stored."""
+        return None
 
     def contrast(self, batch: Batch) -> Iterator[Scored]:
         """Score a step's images part by part; each loss goes backward before the next is asked for.
@@ -223,4 +234,5 @@ def score(logits: Tensor, q: Tensor, keys: Tensor, places: Tensor, parts: int = 
     with torch.no_grad():
         top1 = (logits.argmax(dim=1) == 0).float().mean()
         own = ((q @ keys.T).argmax(dim=1) == places).float().mean()
-    return Scored(contrastive_loss(logits) / parts, torch.stack([top1, own]) / parts)
+        embeddings = (q.detach(), keys[places])
+    return Scored(contrastive_loss(logits) / parts, torch.stack([top1, own]) / parts, embeddings)

@@ -46,6 +46,14 @@ class MemoryBank(Contrast):
         entries = torch.randn(images, config.dim, generator=generator(config.seed, "bank"))
         self.register_buffer("bank", functional.normalize(entries, dim=1))
 
+    def random_keys(self, steps: int) -> float:
+        """Return the share of the bank that no step has replaced yet: all, until an epoch ends."""
+        return max(0.0, 1 - steps * self.config.batch_size / len(self.bank))
+
+    def oldest_key(self, steps: int) -> float:
+        """Return how long an entry waits to be replaced, in steps: an epoch."""
+        return min(float(steps), len(self.bank) / self.config.batch_size)
+
     def contrast(self, batch: Batch) -> Iterator[Scored]:
         """Score the view against its image's entry and K others, then store its embedding."""
         config, images = self.config, batch.images.to(self.device)
@@ -100,7 +108,7 @@ class EndToEnd(Contrast):
         places = torch.arange(len(k), device=self.device)[batch.own]
         loss = functional.cross_entropy(logits, places)
         top1 = (logits.detach().argmax(dim=1) == places).float().mean()
-        yield Scored(loss, torch.stack([top1, top1]))
+        yield Scored(loss, torch.stack([top1, top1]), (q.detach(), k[batch.own].detach()))
 
 
 DICTIONARIES: dict[str, type[Contrast]] = {

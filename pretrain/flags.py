@@ -25,6 +25,7 @@ class Command:
         notes: what the flags changed, for people to read.
         output_dir, resume, quiet: the flags; resume is empty, auto or a file.
         launch: the flags that say how this process finds the others.
+        report: draw this run's curves instead of training.
     """
 
     config: PretrainConfig
@@ -34,6 +35,7 @@ class Command:
     resume: str
     quiet: bool
     launch: Mapping[str, Any]
+    report: Path | None = None
 
     def where(self) -> "Launch":
         """Return how this process finds the others."""
@@ -71,6 +73,10 @@ def build_parser(description: str) -> Parser:
     add("--compile", action="store_true", default=None, help="compile the encoders")
     add("--checkpoint-every", metavar="N", help="steps, or minutes as 5m; default: every epoch")
     add("--keep", metavar="N", help="checkpoints kept; 0: all")
+    add("--knn-dir", metavar="DIR", help="labelled train/ and val/ for kNN votes")
+    add("--knn-every", metavar="N", help="epochs between the votes; default with --knn-dir: 1")
+    add("--leak-meter", action="store_true", default=None, help="measure what batch norm tells")
+    add("--report", type=Path, metavar="OUT", help="draw the curves of the run in OUT, and end")
     add("--moco-dim", dest="dim", metavar="C", help="length of an embedding")
     add("--moco-k", dest="K", metavar="K", help="keys in the queue")
     add("--moco-m", dest="m", metavar="m", help="momentum of the key encoder")
@@ -108,7 +114,7 @@ def read_command(argv: list[str], description: str = "") -> Command:
     folder, pairs = split_words(args.pop("words"))
     launch = {key: args.pop(key) for key in LAUNCH_KEYS}
     output_dir, resume, quiet = (args.pop(key) for key in ("output_dir", "resume", "quiet"))
-    scale_lr, recipe = args.pop("scale_lr"), args.pop("config")
+    scale_lr, recipe, report = (args.pop(key) for key in ("scale_lr", "config", "report"))
     for flag, given in (("--init-from", args["init_from"]), ("--resume", resume)):
         if given == "":  # as of a shell's variable that is not set
             raise UserError(f"{flag}: names no file; leave it out to start from random weights")
@@ -121,9 +127,11 @@ def read_command(argv: list[str], description: str = "") -> Command:
         raise UserError(f"no images: name a folder with train/ in it, as in {V2_COMMAND}")
     before = load_config(PretrainConfig, recipe).batch_size
     config, notes = _batch_of_all(config, launch, before, scale_lr=scale_lr)
+    if config.knn_dir and not config.knn_every:
+        config = replace(config, knn_every=1)
     name = recipe.stem if recipe else f"{config.method.lower().replace(' ', '_')}_{config.arch}"
     folder = output_dir or Path("output/pretrain") / name
-    return Command(config, name, notes, folder, resume or "", quiet, launch)
+    return Command(config, name, notes, folder, resume or "", quiet, launch, report)
 
 
 def _batch_of_all(

@@ -22,16 +22,17 @@ from convert.files import environment, output_folder, write_json
 from convert.names import is_backbone_name
 from convert.pixels import IMAGENET_PIXELS
 from convert.progress import Progress
-from pretrain import checkpoint, distributed
+from pretrain import checkpoint, distributed, leak
 from pretrain.checks import groups_of_a_pass
 from pretrain.config import PretrainConfig, as_dict
 from pretrain.contrast import Batch, Contrast
 from pretrain.dictionaries import find_method
-from pretrain.monitor import KnnMonitor, Log, mean_of_last_tenth, read_log, verdict
+from pretrain.monitor import KnnMonitor, Waiting, Watch, mean_of_last_tenth, read_log, verdict
 from pretrain.norm import statistics_of
 from pretrain.optimizer import build_optimizer
 from pretrain.schedule import learning_rate, run_length
 from pretrain.sources import ImageList
+from pretrain.spread import spread
 from pretrain.views import AUGMENTATIONS, Views, epoch_order, generator
 
 RUN_NAME = "run.json"
@@ -53,7 +54,7 @@ def train(
         images: the training set.
         folder: where checkpoints, log and record go; one process writes.
         resume: a checkpoint of this run to go on from.
-        knn: votes every `knn_every` epochs and at the end, where the set has labels.
+        knn: votes before the first step, every `knn_every` epochs and at the end.
         quiet: show no progress.
 
     Raises:
@@ -91,6 +92,9 @@ def train(
             raise UserError(_killed_worker(error, config.workers)) from error
         _refuse_if_out_of_memory(error)
         raise
+    finally:
+        if run.watch:
+            run.watch.log.close()
     if distributed.rank() == 0:
         run.finish(last)
     return last
@@ -181,14 +185,19 @@ class Run:
         self.step = config.start_epoch * self.steps_per_epoch
         self.order = Order(len(images), config.seed, config.batch_size)
         self.seconds = 0.0
+        self.watch: Watch | None = None
+        self.embedded: list[tuple[Tensor, Tensor]] = []  # of the last step, part by part
 
     def go(self, stop: StopRequest, shown: Progress, resumed: Path | None) -> Path:
         """Take the steps that are left; return the last checkpoint."""
-        log = Log(self.folder, self.step) if distributed.rank() == 0 else None
+        log = self.watch = Watch(self.folder, self.step) if distributed.rank() == 0 else None
         self.seconds = self.seconds_before()
+        if log and resumed is None:
+            self._look(log)
         saved, last_saved, since_line = resumed, time.monotonic(), time.monotonic()
         seen: list[Tensor] = []
-        for views in self._batches():
+        batches = Waiting(self._batches())
+        for views in batches:
             seen.append(self.take_step(views))
             self.step += 1
             ends_epoch = self.step % self.steps_per_epoch == 0
@@ -199,11 +208,12 @@ class Run:
                 self.seconds += now - since_line
                 values = self._read(seen, now - since_line)  # refuses a bad loss before a save
                 if log:
-                    log.add(**values)
+                    values["data_wait"] = 100 * batches.since_asked() / (now - since_line)
+                    log.add(**values, **self._spread())
                 shown.add(len(seen) * self.config.batch_size, f"loss {values['loss']:.3f}")
                 since_line, seen = now, []
-            if log and ends_epoch and self._knn_due():
-                log.add(step=self.step, epoch=self._epoch(), knn_top1=self._vote())
+            if log and ends_epoch:
+                self._look(log)
                 since_line = time.monotonic()
             if due:
                 saved, last_saved = self._save(ends_epoch), time.monotonic()
@@ -220,8 +230,9 @@ class Run:
         """Take one step on this process's views, each (n, 3, H, W).
 
         Returns:
-            (3,) mean loss over this process's images, share of queries that score their key above
-            the negatives, and above the keys of the other images in the batch.
+            (4,) mean loss over this process's images, share of queries that score their key above
+            the negatives, and above the keys of the other images in the batch, norm of the
+            gradient.
         """
         config = self.config
         for group in self.optimizer.param_groups:
@@ -239,13 +250,16 @@ class Run:
         else:
             self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(3, device=self.device)
+        self.embedded.clear()
         for scored in self.model.contrast(batch):
             scored.loss.backward()
+            if scored.embeddings:
+                self.embedded.append(scored.embeddings)
             total += torch.cat([scored.loss.detach().view(1), scored.values])
         if self.averages:
             self.averages.average()
         self.optimizer.step()
-        return total
+        return torch.cat([total, self._gradient_norm()])
 
     def finish(self, last: Path) -> None:
         """Write the run's record and say what came out."""
@@ -276,15 +290,21 @@ class Run:
             },
         )
         print(verdict(loss, negatives, batch_top1, config.batch_size))
+        if self.watch:
+            for words in self.watch.judge.still(self.step, self._epoch()):
+                print(words)
 
-    def _batches(self) -> Iterator[list[Tensor]]:
+    def _views(self) -> Views:
         config = self.config
         scale = (config.crop_scale[0], config.crop_scale[1])
         augmentation = replace(AUGMENTATIONS[config.augmentation], crop_scale=scale)
         count = self.model.views
-        views = Views(self.images, augmentation, config.image_size, config.seed, count)
+        return Views(self.images, augmentation, config.image_size, config.seed, count)
+
+    def _batches(self) -> Iterator[list[Tensor]]:
+        config = self.config
         yield from DataLoader(
-            views,
+            self._views(),
             batch_sampler=_Batches(self),
             num_workers=-(-config.workers // distributed.local_size()),
             pin_memory=self.device.type == "cuda",
@@ -301,22 +321,45 @@ class Run:
         if len(bad):
             step = self.step - len(seen) + int(bad[0]) + 1
             rate = learning_rate(self.config, step - 1, self.steps_per_epoch)
+            if self.watch:
+                self.watch.add(step=step, epoch=self._epoch(), loss=math.nan)
             raise UserError(
                 f"loss is not finite at step {step} (learning rate {rate:.3g}); the "
                 f"last good checkpoint in {self.folder} stays; lower --lr"
             )
-        loss, top1, batch_top1 = values.mean(dim=0).tolist()
+        loss, top1, batch_top1, norm = values.mean(dim=0).tolist()
+        done = self.step - self.config.start_epoch * self.steps_per_epoch
+        age = self.model.oldest_key(done)
+        stored = {} if age is None else {"queue_age_steps": age}
         return {
             "step": self.step,
             "steps": self.steps,
             "epoch": self._epoch(),
             "loss": loss,
+            "chance_loss": math.log(self.model.negatives + 1),
             "top1": 100 * top1,
             "batch_top1": 100 * batch_top1,
             "lr": learning_rate(self.config, self.step - 1, self.steps_per_epoch),
+            "gradient_norm": norm,
+            **stored,
+            "queue_random": 100 * self.model.random_keys(done),
             "images_per_s": len(seen) * self.config.batch_size / seconds,
             "seconds": self.seconds,
         }
+
+    def _gradient_norm(self) -> Tensor:
+        """Return the (1,) norm of the last step's gradient; it stays on the device."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norms: Tensor = torch.stack(torch._foreach_norm(gradients))
+        norm: Tensor = norms.norm()
+        return norm.view(1)
+
+    def _spread(self) -> dict[str, float]:
+        """Measure how the last step's embeddings lie: those of this process."""
+        if not self.embedded:
+            return {}
+        q, k = (torch.cat(parts) for parts in zip(*self.embedded, strict=True))
+        return spread(q, k)
 
     def _told(self, stop: StopRequest, last_saved: float) -> tuple[int | None, bool]:
         """Say which signal came to any process, and whether minutes between checkpoints are over.
@@ -353,15 +396,23 @@ class Run:
         distributed.agree(0)  # nobody leaves, or reads it, before it is written
         return checkpoint.path_of(self.folder, epoch)
 
+    def _look(self, watch: Watch) -> None:
+        """Vote and measure the leak, where they are asked for and due: between two epochs."""
+        found = {}
+        if self._knn_due():
+            assert self.knn is not None
+            found["knn_top1"] = self.knn(self.model.encoder_q, self.device)
+        if self.config.leak_meter:
+            count = self.config.batch_size // distributed.size() // self.config.accumulate
+            found |= leak.measure(self.model, self._views(), count, self.config.seed)
+        if found:
+            watch.add(step=self.step, epoch=self._epoch(), **found)
+
     def _knn_due(self) -> bool:
         if self.knn is None or not self.config.knn_every:
             return False
         epoch = self.step // self.steps_per_epoch
         return epoch % self.config.knn_every == 0 or self.step == self.steps
-
-    def _vote(self) -> float:
-        assert self.knn is not None
-        return self.knn(self.model.encoder_q, self.device)
 
 
 class Order:

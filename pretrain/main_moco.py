@@ -9,6 +9,8 @@ examples:
       a recipe, and any of its keys as KEY VALUE
   torchrun --nproc-per-node 8 --max-restarts 3 pretrain/main_moco.py DIR
       one process a GPU; a group that lost a worker goes on by itself
+  python pretrain/main_moco.py --report output/pretrain/moco_v1_resnet50
+      the curves of a run, as a picture and a page; nothing is trained
 """
 
 import os
@@ -34,6 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
             return 2  # torchrun gives all processes the same words: the first one complains
         raise
+    if command.report:
+        from pretrain.curves import report
+
+        print(*report(command.report), sep="\n")
+        return 0
     # What torch's transport has to say is told in one line by the error that follows it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from pretrain import distributed
@@ -53,7 +60,7 @@ def run(command: Command) -> int:
     from pretrain import checkpoint, distributed
     from pretrain.checks import check, check_alike
     from pretrain.loop import train
-    from pretrain.monitor import KnnMonitor
+    from pretrain.monitor import open_knn
     from pretrain.sources import open_set
 
     config, folder, say = command.config, command.output_dir, distributed.say
@@ -65,10 +72,8 @@ def run(command: Command) -> int:
     path = checkpoint.find_resume(resume, folder)
     config = check(config, len(images), checkpoint.settled_keys(path))
     check_alike(config, images=len(images), checkpoint=path)
+    knn = open_knn(config, images, val)
     checkpoint.claim(folder, config, resume=path, asked=bool(resume))
-    knn = None
-    if val and distributed.rank() == 0:
-        knn = KnnMonitor(images, val, config.image_size, bf16=config.precision == "bf16")
     last = train(config, images, folder, resume=path, knn=knn, quiet=command.quiet)
     say(f"checkpoint: {last}\nnext: python convert/to_detectron2.py {last}")
     return 0

@@ -41,6 +41,18 @@ class MoCo(Contrast):
         self._theta_q: list[Tensor] = list(self.encoder_q.parameters())
         self._theta_k: list[Tensor] = list(self.encoder_k.parameters())
 
+    def random_keys(self, steps: int) -> float:
+        """Return the share of the queue that no step has replaced yet."""
+        return max(0.0, 1 - steps * self._keys_a_step / self.config.K)
+
+    def oldest_key(self, steps: int) -> float:
+        """Return the age of the queue's oldest key in steps; random ones have none."""
+        return min(float(steps), self.config.K / self._keys_a_step)
+
+    @property
+    def _keys_a_step(self) -> int:
+        return self.config.batch_size * (2 if self.config.symmetric else 1)
+
     def contrast(self, batch: Batch) -> Iterator[Scored]:
         """Take Algorithm 1's step, all keys first; symmetric, each view is query and key once."""
         self.update_key_encoder()

@@ -44,7 +44,8 @@ class SimCLR(Contrast):
         positives = (places + count) % (2 * count)
         loss = functional.cross_entropy(logits, positives)
         top1 = (logits.detach().argmax(dim=1) == positives).float().mean()
-        yield Scored(loss, torch.stack([top1, top1]))
+        first, second = z.detach().chunk(2)
+        yield Scored(loss, torch.stack([top1, top1]), (first, second))
 
 
 def nt_xent_logits(z: Tensor, others: Tensor, places: Tensor, tau: float) -> Tensor:

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from torchvision.transforms import functional
 
+from convert.pixels import IMAGENET_PIXELS
 from pretrain.sources import ImageList
 from pretrain.views import (
     AUGMENTATIONS,
@@ -14,6 +16,7 @@ from pretrain.views import (
     crop_box,
     epoch_order,
     generator,
+    normalised,
 )
 
 OFF = Augmentation(crop_scale=(1.0, 1.0), jitter_p=0, gray_p=0, blur_p=0, flip_p=0)
@@ -111,6 +114,17 @@ def test_views_are_normalised(tmp_path):
     view = Views(folder_of(gray, tmp_path), OFF, 32, seed=0)[0, 0][0]
     assert view.shape == (3, 32, 32)
     assert view.abs().max() < 0.02
+
+
+def test_normalising_is_torchvisions_to_the_bit():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        image = Image.fromarray(draw.integers(0, 256, (32, 40, 3), dtype=np.uint8))
+        want = functional.to_tensor(image)
+        want = functional.normalize(want, IMAGENET_PIXELS.mean, IMAGENET_PIXELS.std)
+        got = normalised(image, IMAGENET_PIXELS)
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
 
 
 def test_an_epochs_order_is_a_permutation_of_its_own():

@@ -1,0 +1,124 @@
+"""Show batch norm's leak: the leak meter on runs with one batch norm group and with eight.
+
+examples:
+  python benchmarks/leak_meter.py
+  python benchmarks/leak_meter.py --seeds 3
+  python benchmarks/leak_meter.py epochs 2
+
+Each run is pretrain/main_moco.py --leak-meter with the recipe leak_r18_embedded, on the embedded
+digits. After every epoch a query's key is looked for twice: encoded in the query's own batch, as
+where nothing is shuffled, and among other images, as shuffling across groups does it. KEY VALUE
+pairs go to every run. Stopped, the same command goes on. The numbers are printed; they lie as
+leak.json in --output-dir, and the plot as leak.png.
+"""
+
+import itertools
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: our root, not this folder, comes first on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from convert.errors import Parser, UserError, run_script
+from convert.files import ROOT, atomic_write, environment, output_folder, write_json
+
+RECIPE = "configs/pretrain/leak_r18_embedded.yaml"
+GROUPS = (1, 8)
+WAYS = {"leak_same": "key encoded in the query's batch", "leak_shuffled": "among other images"}
+Curves = dict[int, dict[str, list[list[float]]]]  # groups -> way -> seed -> after each epoch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train what is not trained yet, print the last numbers, draw all of them."""
+    parser = Parser(__doc__ or "")
+    parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="keys for every run")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--output-dir", type=Path, default=Path("output/benchmarks/leak_meter"))
+    args = parser.parse_intermixed_args(argv)
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: want 1 or more")
+    root = output_folder(args.output_dir)
+    for groups, seed in itertools.product(GROUPS, range(args.seeds)):
+        train(root / f"{groups}-groups-{seed}", groups, seed, args.pairs, quiet=args.quiet)
+
+    from pretrain.monitor import read_log  # imports torch, which --help does not wait for
+
+    found: Curves = {groups: {way: [] for way in WAYS} for groups in GROUPS}
+    for groups, seed, way in itertools.product(GROUPS, range(args.seeds), WAYS):
+        lines = read_log(root / f"{groups}-groups-{seed}")
+        found[groups][way].append([line[way] for line in lines if way in line])
+    write_json(root / "leak.json", {"curves": found, "environment": environment()})
+    with atomic_write(root / "leak.png") as temporary:
+        draw(found, temporary)
+    print("\n".join(f"{groups} batch norm groups: {said(found[groups])}" for groups in GROUPS))
+    print(root / "leak.png")
+    return 0
+
+
+def train(folder: Path, groups: int, seed: int, pairs: list[str], *, quiet: bool) -> None:
+    """Train with so many groups, unless that was done.
+
+    Raises:
+        UserError: the run failed; its own line, above ours, says why.
+    """
+    if (folder / "run.json").exists():
+        return
+    words = ["--config", str(ROOT / RECIPE), "--seed", str(seed), "--output-dir", str(folder)]
+    words += ["--leak-meter", "--leak", "--bn-groups", str(groups), "--resume", "auto", *pairs]
+    script = [sys.executable, str(ROOT / "pretrain/main_moco.py")]
+    done = subprocess.run([*script, *words, *(["--quiet"] if quiet else [])], check=False)
+    if done.returncode:
+        raise UserError(f"{folder}: its run ended with status {done.returncode}; mend what it said")
+
+
+def said(curves: dict[str, list[list[float]]]) -> str:
+    """Say what was found over the last third of the epochs, where the noise of one is averaged."""
+    means = {}
+    for way, seeds in curves.items():
+        late = [values[-max(1, len(values) // 3) :] for values in seeds]
+        means[way] = statistics.fmean(itertools.chain(*late))
+    same, shuffled = means["leak_same"], means["leak_shuffled"]
+    return (
+        f"{same:.1f}% of queries find a key of their own batch, {shuffled:.1f}% one that was "
+        f"encoded among others: {same - shuffled:+.1f} points (the last third of the epochs)"
+    )
+
+
+def draw(found: Curves, path: Path) -> None:
+    """Draw both ways against the epoch, a panel for each number of groups; thin: single seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    from pretrain.curves import BLUE, ORANGE
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, len(GROUPS), sharey=True)
+    for axis, groups in zip(axes, GROUPS, strict=True):
+        drawn: dict[str, Any] = {}
+        for (way, name), colour, style in zip(
+            WAYS.items(), (ORANGE, BLUE), ("--", "-"), strict=True
+        ):
+            seeds = found[groups][way]
+            for values in seeds if len(seeds) > 1 else []:
+                axis.plot(values, color=colour, linestyle=style, linewidth=0.6, alpha=0.4)
+            drawn[way] = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
+            axis.plot(drawn[way], color=colour, linestyle=style, label=name)
+        epochs = range(len(drawn["leak_same"]))
+        axis.fill_between(epochs, *drawn.values(), color=ORANGE, alpha=0.15, label="the leak")
+        groups_name = "one batch norm group" if groups == 1 else f"{groups} batch norm groups"
+        axis.set_title(f"{groups_name}: {'shuffling hides nothing' if groups == 1 else 'shuffled'}")
+        axis.set_xlabel("epoch")
+        axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("queries that find their key, percent")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    run_script(main)
