@@ -128,7 +128,7 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path) -> None:
         ("RANDOM --resume=gone.pth", "--resume gone.pth: no such checkpoint"),
         ("RANDOM MODEL.ROI_HEADS.NUM_CLASSES 20", "NUM_CLASSES: found 20, embedded_voc"),
         ("--eval-only MODEL.WEIGHTS gone.pth", "detector gone.pth: no such file"),
-        ("--eval-only MODEL.WEIGHTS garbage.pth", "garbage.pth: is damaged or no checkpoint"),
+        ("--eval-only MODEL.WEIGHTS garbage.pth", "garbage.pth: cannot be read"),
         ("RANDOM SEED", "'SEED' has no value"),
     ],
 )

@@ -280,10 +280,10 @@ def read(name: str) -> Reading:
 
     register([name])
     meta = MetadataCatalog.get(name)
-    if evaluator_type(name)[0] == VOC and name not in EMBEDDED and meta.get("dirname"):
-        return _read_voc(name, Path(meta.dirname), meta.split, own_source(name) is not None)
     if EMBEDDED.get(name, ("",))[0] == VOC:
         return _read_voc(name, embedded_root() / "VOC2007", EMBEDDED[name][1], own=False)
+    if meta.get("dirname") and meta.get("split") is not None:
+        return _read_voc(name, Path(meta.dirname), meta.split, own_source(name) is not None)
     try:
         with _warnings() as notes:
             dicts = DatasetCatalog.get(name)
@@ -496,7 +496,9 @@ def _warnings() -> Iterator[list[str]]:
 
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            notes.append(" ".join(record.getMessage().split()))
+            text = " ".join(record.getMessage().split())
+            if "apply a mapping" not in text:  # of ids with gaps, as COCO's own have
+                notes.append(text)
 
     logger, ear = logging.getLogger("detectron2.data.datasets.coco"), Ear(logging.WARNING)
     before = logger.propagate
