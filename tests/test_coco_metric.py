@@ -83,7 +83,7 @@ def test_known_keypoint_numbers(evaluator) -> None:
     """Someone found exactly, someone found a little to the right, someone without keypoints."""
     shift, area = 4.0, 2000.0
     points = np.column_stack([np.arange(17) + 20.0, np.arange(17) + 30.0, np.full(17, 2.0)])
-    moved = points + [shift, 0, 0]
+    moved = points + np.array([shift, 0, 0])
     persons = [
         {"keypoints": points.ravel().tolist(), "num_keypoints": 17},
         {"keypoints": points.ravel().tolist(), "num_keypoints": 17},
@@ -175,9 +175,12 @@ def random_sets(kind: str, seed: int) -> tuple[dict[str, Any], list[dict[str, An
             seen = rng.integers(0, 3, 17) * (rng.random() < 0.8)
             annotations.append(
                 {
-                    **{"id": len(annotations) + 1, "image_id": image, "iscrowd": crowd},
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "iscrowd": crowd,
                     "category_id": 1 if kind == "keypoints" else int(rng.integers(1, 4)),
-                    **{"bbox": [x, y, w, h], "area": float(w * h)},
+                    "bbox": [x, y, w, h],
+                    "area": float(w * h),
                     "segmentation": region(x, y, w, h),
                     "keypoints": np.column_stack([points.round(), seen]).ravel().tolist(),
                     "num_keypoints": int((seen > 0).sum()),
@@ -211,7 +214,9 @@ def perturbed(truth: dict[str, Any], kind: str, rng: np.random.Generator) -> lis
             moved = [x + noise[0] * w, y + noise[1] * h, w * np.exp(noise[2]), h * np.exp(noise[3])]
             one = {
                 "image_id": entry["image_id"],
-                "category_id": int(rng.choice(classes)) if rng.random() < 0.1 else entry["category_id"],
+                "category_id": int(rng.choice(classes))
+                if rng.random() < 0.1
+                else entry["category_id"],
                 "score": float(np.float32(rng.random().__round__(2))),  # many are equal
                 "bbox": np.float32(moved).astype(float).tolist(),
             }
@@ -254,6 +259,8 @@ def test_annotations_that_lack_what_is_compared_are_refused() -> None:
 
 
 def test_own_annotations_need_neither_iscrowd_nor_area() -> None:
-    bare = [{k: v for k, v in a.items() if k not in ("iscrowd", "area")} for a in TRUTH["annotations"]]
+    bare = [
+        {k: v for k, v in a.items() if k not in ("iscrowd", "area")} for a in TRUTH["annotations"]
+    ]
     measured = coco_metric.measure(content([bare[0], bare[2]]), FOUND, "bbox", RECORD)
     assert measured.percent("bbox")["APs"] > 0

@@ -82,7 +82,9 @@ def test_broken_boxes_are_counted_named_and_dropped_from_training(tmp_path) -> N
     found = look(name)
     assert found.stops == ()
     flat, outside, unused = found.notes
-    assert flat == "2 of 5 boxes have no area (dropped): 001.png [5, 5, 0, 9], 001.png [5, 5, 9, -2]"
+    assert (
+        flat == "2 of 5 boxes have no area (dropped): 001.png [5, 5, 0, 9], 001.png [5, 5, 9, -2]"
+    )
     assert outside.startswith("2 of 5 boxes lie outside their image (dropped): 001.png [64, 0, 5")
     assert unused == "no box of 1 classes: dog"
     loaded = datasets.load([name], training=True)

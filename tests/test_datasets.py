@@ -134,7 +134,12 @@ def test_a_path_is_ones_own_set_and_a_name_is_not(tmp_path, monkeypatch) -> None
     assert (coco.kind, coco.images, coco.label) == ("coco", Path("a/images"), "train.json:images")
     assert datasets.own_source("a/train.json").images == Path("a")  # beside the file
     voc = datasets.own_source("mine:few")
-    assert (voc.kind, voc.path, voc.part, voc.label) == ("pascal_voc", Path("mine"), "few", "mine:few")
+    assert (voc.kind, voc.path, voc.part, voc.label) == (
+        "pascal_voc",
+        Path("mine"),
+        "few",
+        "mine:few",
+    )
 
 
 def test_a_voc_folder_wants_one_of_its_lists_or_has_none(tmp_path) -> None:
@@ -160,7 +165,10 @@ def test_own_sets_are_read_with_their_classes(tmp_path) -> None:
     assert first[0]["bbox"] == [10, 10, 30, 30]
     assert [entry["difficult"] for entry in first] == [False, True]
     other = datasets.load([coco], training=True)
-    assert [len(image["annotations"]) for image in other.dicts] == [1, 1]  # the empty one is left out
+    assert [len(image["annotations"]) for image in other.dicts] == [
+        1,
+        1,
+    ]  # the empty one is left out
     assert [image["annotations"][0]["category_id"] for image in other.dicts] == [0, 1]
 
 

@@ -69,7 +69,8 @@ def draw_detections(path: Path, shown: Sequence[Shown], score: float) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
     for place, one in enumerate(shown):
-        picture = np.asarray(ImageOps.exif_transpose(Image.open(one.file)).convert("RGB"))
+        with Image.open(one.file) as image:
+            picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         grid[0, place].set_title(f"{one.title}\n{one.file.name}", fontsize=7)
         _draw(grid[0, place], picture, one.truth)
         _draw(grid[1, place], picture, one.found)

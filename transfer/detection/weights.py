@@ -15,8 +15,8 @@ from convert.backbone import load_backbone
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY, Facts
 from convert.files import sha256
-from convert.reading import PickledArray, read_file
 from convert.names import COUNTER, land, to_detectron2
+from convert.reading import PickledArray, read_file
 from convert.settings import check_keys, check_recipe
 from transfer.detection import recipes, roi_heads  # noqa: F401 (registers the head)
 
@@ -102,7 +102,9 @@ def load_detector(model: nn.Module, path: Path, cfg: CfgNode) -> dict[str, Any]:
 
 def _as_tensor(value: Any) -> Any:
     """Turn the arrays of a model zoo's pickle into tensors."""
-    return torch.tensor(np.asarray(value)) if isinstance(value, np.ndarray | PickledArray) else value
+    return (
+        torch.tensor(np.asarray(value)) if isinstance(value, np.ndarray | PickledArray) else value
+    )
 
 
 def _kept_pixels(weights: Mapping[str, Any]) -> dict[str, list[float]]:
