@@ -175,3 +175,16 @@ def test_a_test_set_with_nothing_to_measure_is_refused_before_training(tmp_path)
 def test_the_year_decides_vocs_metric_unless_it_is_named(wanted, name, rule) -> None:
     cfg = load(VOC, "MOCO.VOC_METRIC", wanted, "DATASETS.TEST", f"('{name}',)")
     assert evaluation.voc_rule(cfg) == rule
+
+
+def test_it_does_not_matter_which_process_found_what_first() -> None:
+    """Equal scores all over: the order of images is the set's, not that of the processes."""
+    dicts = [{"image_id": name, "annotations": []} for name in "abc"]
+    found = [
+        evaluation.Found(name, np.full((2, 4), float(i)), np.ones(2), np.zeros(2, int), [])
+        for i, name in enumerate("abc")
+    ]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        _, detections = evaluation.voc_arrays(dicts, [found[i] for i in order], 0)
+        assert detections.image.tolist() == [0, 0, 1, 1, 2, 2]
+        assert detections.boxes[:, 2].tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
