@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from detectron2.structures import BoxMode
 from convert.errors import UserError
 from convert.files import ROOT
 from pretrain.embedded import embedded_root
+from tests.own_sets import coco_content, write_coco, write_voc
 from transfer.detection import datasets
 
 SHARED = ROOT.parent / "shared" / "data"  # small photo sets beside the checkout; not ours to commit
@@ -95,7 +97,7 @@ def test_a_listed_image_that_is_gone_is_refused(tmp_path, own_name) -> None:
 def test_a_class_that_is_not_in_the_list_is_refused(own_name) -> None:
     folder = str(embedded_root() / "VOC2007")
     register_pascal_voc(own_name, folder, "test", 2007, ("cat", "dog"))
-    with pytest.raises(UserError, match=r"cannot be read .*not in"):
+    with pytest.raises(UserError, match=r"not in its list: \d+ of 'digit'"):
         datasets.load([own_name], training=False)
 
 
@@ -121,3 +123,100 @@ def test_real_coco_and_voc_folders_are_read(tmp_path, monkeypatch) -> None:
     assert (len(coco.dicts), len(coco.classes)) == (188, 80)
     voc = datasets.load(["voc_2007_trainval"], training=True)
     assert (len(voc.dicts), len(voc.classes)) == (60, 20)
+
+
+def test_a_path_is_ones_own_set_and_a_name_is_not(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_voc(tmp_path / "mine")
+    assert datasets.own_source("coco_2017_train") is None
+    assert datasets.own_source("lvis_v0.5_train") is None
+    coco = datasets.own_source("a/train.json:a/images")
+    assert (coco.kind, coco.images, coco.label) == ("coco", Path("a/images"), "train.json:images")
+    assert datasets.own_source("a/train.json").images == Path("a")  # beside the file
+    voc = datasets.own_source("mine:few")
+    assert (voc.kind, voc.path, voc.part, voc.label) == (
+        "pascal_voc",
+        Path("mine"),
+        "few",
+        "mine:few",
+    )
+
+
+def test_a_voc_folder_wants_one_of_its_lists_or_has_none(tmp_path) -> None:
+    folder = write_voc(tmp_path / "mine")
+    for name in (f"{folder}", f"{folder}:nope"):
+        with pytest.raises(UserError, match=r"want one of .*mine:all, .*mine:few"):
+            datasets.own_source(name)
+    shutil.rmtree(folder / "ImageSets")
+    assert len(datasets.load([str(folder)], training=False).dicts) == 3
+
+
+def test_own_sets_are_read_with_their_classes(tmp_path) -> None:
+    voc = f"{write_voc(tmp_path / 'voc', suffix='.png')}:all"
+    coco = write_coco(tmp_path / "coco")
+    assert datasets.own_classes([voc]) == datasets.own_classes([coco]) == ("cat", "dog")
+    one = datasets.load([voc], training=False)
+    assert [Path(image["file_name"]).name for image in one.dicts] == [
+        "one.png",
+        "two.png",
+        "three.png",
+    ]
+    first = one.dicts[0]["annotations"]
+    assert first[0]["bbox"] == [10, 10, 30, 30]
+    assert [entry["difficult"] for entry in first] == [False, True]
+    other = datasets.load([coco], training=True)
+    assert [len(image["annotations"]) for image in other.dicts] == [
+        1,
+        1,
+    ]  # the empty one is left out
+    assert [image["annotations"][0]["category_id"] for image in other.dicts] == [0, 1]
+
+
+def test_a_voc_folder_has_the_classes_of_all_its_annotations_in_each_of_its_lists(tmp_path) -> None:
+    folder = write_voc(tmp_path, {"a": [("cat", 1, 1, 9, 9, 0)], "b": [("dog", 1, 1, 9, 9, 0)]})
+    assert datasets.load([f"{folder}:few"], training=True).classes == ("cat", "dog")
+
+
+def test_other_classes_in_training_and_test_are_refused(tmp_path) -> None:
+    train = write_coco(tmp_path / "a")
+    more = coco_content(categories=[{"id": 3, "name": "cat"}, {"id": 7, "name": "cow"}])
+    test = write_coco(tmp_path / "b", more)
+    with pytest.raises(UserError, match=r"dog only in .*a/own.*; cow only in .*b/own"):
+        datasets.own_classes([train, test])
+    turned = coco_content(categories=[{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}])
+    with pytest.raises(UserError, match="another order"):
+        datasets.own_classes([train, write_coco(tmp_path / "c", turned)])
+
+
+def test_voc_is_read_as_detectron2_reads_it(own_name) -> None:
+    from detectron2.data.datasets import load_voc_instances
+
+    ours = datasets.load(["embedded_voc_test"], training=False).dicts
+    folder = str(embedded_root() / "VOC2007")
+    theirs = load_voc_instances(folder, "test", ("digit",))
+    for image in ours:
+        for entry in image["annotations"]:
+            assert entry.pop("difficult") is False
+    assert ours == theirs
+
+
+def test_fractions_are_nested_and_another_seed_draws_others() -> None:
+    def drawn(fraction: float, seed: int = 0) -> list[str]:
+        return [d["file_name"] for d in datasets.choose(dicts, fraction, seed)]
+
+    dicts = datasets.load(["embedded_coco_train"], training=True).dicts
+    one, five, ten, whole = (drawn(f) for f in (0.01, 0.05, 0.1, 1.0))
+    assert [len(part) for part in (one, five, ten, whole)] == [2, 12, 24, 240]
+    assert set(one) < set(five) < set(ten) < set(whole)
+    assert ten == [name for name in whole if name in ten]  # in the listing's order
+    assert drawn(0.1) == ten
+    assert len(set(drawn(0.1, seed=1)) & set(ten)) < 12
+    few = datasets.load(["embedded_coco_train"], training=True, fraction=0.05, split_seed=1)
+    assert [d["file_name"] for d in few.dicts] == drawn(0.05, seed=1)
+
+
+def test_a_fraction_does_not_depend_on_where_the_images_lie() -> None:
+    here, there = ([{"file_name": f"/{root}/{i}.jpg"} for i in range(50)] for root in "ab")
+    kept = [datasets.choose(dicts, 0.2, 7) for dicts in (here, there)]
+    names = [[Path(image["file_name"]).name for image in part] for part in kept]
+    assert names[0] == names[1]

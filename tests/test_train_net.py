@@ -13,6 +13,7 @@ import pytest
 
 from convert.errors import UserError
 from convert.files import ROOT
+from tests.own_sets import coco_content, write_coco, write_image, write_voc
 from transfer import train_net
 
 SCRIPT = ROOT / "transfer" / "train_net.py"
@@ -128,14 +129,33 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path) -> None:
         ("RANDOM --resume=gone.pth", "--resume gone.pth: no such checkpoint"),
         ("RANDOM MODEL.ROI_HEADS.NUM_CLASSES 20", "NUM_CLASSES: found 20, embedded_voc"),
         ("--eval-only MODEL.WEIGHTS gone.pth", "detector gone.pth: no such file"),
-        ("--eval-only MODEL.WEIGHTS garbage.pth", "garbage.pth: is damaged or no checkpoint"),
+        ("--eval-only MODEL.WEIGHTS garbage.pth", "garbage.pth: cannot be read"),
         ("RANDOM SEED", "'SEED' has no value"),
+        ("RANDOM --train-fraction 5", "MOCO.TRAIN_FRACTION: found 5.0, want above 0 and up to 1"),
+        ("RANDOM MOCO.VOC_METRIC 2007", "MOCO.VOC_METRIC"),
+        ("RANDOM --train-data gone.json:images --test-data VOC:all", "gone.json is missing; name"),
+        (
+            "RANDOM --train-data broken.json:images --test-data VOC:all",
+            "its classes cannot be read",
+        ),
+        ("RANDOM --train-data VOC:all --test-data VOC:val", "want one of VOC:all, VOC:few"),
+        (
+            "RANDOM --train-data VOC:all --test-data own.json:images",
+            "mouse only in own.json:images",
+        ),
+        (
+            "RANDOM --train-data VOC:all --test-data VOC:few MODEL.ROI_HEADS.NUM_CLASSES 20",
+            "NUM_CLASSES: found 20, the data have 2 (cat, dog); leave it out",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_said(tmp_path, monkeypatch, words: str, complaint: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("garbage.pth").write_bytes(b"not a checkpoint")
     Path("garbage.pkl").write_bytes(b"not a pickle")
+    Path("broken.json").write_text('{"images": [')
+    write_voc(tmp_path / "VOC")
+    write_coco(tmp_path, coco_content(categories=[{"id": 1, "name": "mouse"}]))
     pairs = words.replace("RANDOM", "MODEL.WEIGHTS EMPTY").split()
     with pytest.raises(UserError) as refused:
         train_net.main(["--config", str(VOC), *("" if w == "EMPTY" else w for w in pairs)])
@@ -155,6 +175,56 @@ def test_a_batch_that_cannot_fit_is_refused_before_the_first_iteration(
 
 
 @needs_detectron2
+def test_check_data_lists_what_is_wrong_and_trains_nothing(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_voc(tmp_path / "VOC")
+    own = ["--train-data", "VOC:all", "--test-data", "VOC:few", "--check-data"]
+    assert train_net.main(["--config", str(VOC), *own]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "data VOC:all: 3 images (1 without a box), 3 boxes, 2 classes",
+        "data VOC:few: 1 images (0 without a box), 2 boxes, 2 classes",
+        "data: nothing stops a run",
+    ]
+    write_image(tmp_path / "VOC" / "JPEGImages" / "two.jpg", 40, 50)
+    with pytest.raises(UserError, match=r"data VOC:all: 1 of 3 images have another size .*40 x 50"):
+        train_net.main(["--config", str(VOC), *own])
+    (tmp_path / "VOC" / "JPEGImages" / "one.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"and 2 more kinds of fault\); --check-data lists all"):
+        train_net.main(["--config", str(VOC), *own])
+    said = capsys.readouterr().out
+    assert "  stops a run: 1 of 3 images cannot be read: VOC/JPEGImages/one.jpg" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["VOC"]
+
+
+@needs_detectron2
+def test_a_run_refuses_data_that_do_not_fit_their_listing(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_voc(tmp_path / "VOC")
+    write_image(tmp_path / "VOC" / "JPEGImages" / "two.jpg", 40, 50)
+    own = ["--train-data", "VOC:all", "--test-data", "VOC:few", "MODEL.WEIGHTS", ""]
+    with pytest.raises(UserError, match=r"another size than listed: .*two\.jpg is 40 x 50, listed"):
+        train_net.main(["--config", str(VOC), *own])
+    assert not (tmp_path / "output").exists()
+
+
+@needs_detectron2
+def test_a_protocol_does_not_say_where_ones_own_data_lie(tmp_path) -> None:
+    from transfer.detection import recipes
+
+    protocols = []
+    for place in ("here", "there"):
+        name = f"{write_voc(tmp_path / place / 'VOC')}:all"
+        pairs = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)"]
+        cfg = recipes.load_recipe(VOC, [*pairs, "MODEL.DEVICE", "cpu"])
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+        protocols.append(recipes.protocol(cfg, 1))
+    assert protocols[0] == protocols[1]
+    assert protocols[0]["DATASETS.TRAIN"] == ["VOC:all"]
+    cfg.MOCO.TRAIN_FRACTION = 0.1
+    assert recipes.protocol(cfg, 1) != protocols[0]
+
+
+@needs_detectron2
 @pytest.mark.slow
 def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
     out, _ = run("--config", COCO, *TINY, 2, "--output-dir", "out", cwd=tmp_path)
@@ -170,7 +240,8 @@ def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
     assert record["protocol"]["norm"] == "SyncBN"
     names = {file.name for file in (tmp_path / "out").iterdir()}
     kept = {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "detections.png"}
-    assert names == kept | {"results.json"}
+    assert names == kept | {"results.json", "curves.png"}
+    assert list(record["details"]["per_class"]["coco/mask_AP50"]) == ["digit"]
     lines = [
         json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()
     ]
@@ -183,6 +254,24 @@ def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
     assert again["fingerprint"] == record["fingerprint"]
     line = refusal("--config", COCO, *words, "INPUT.FORMAT", "BGR", cwd=tmp_path)
     assert "INPUT.FORMAT BGR; set INPUT.FORMAT" in line
+    other = coco_content(
+        categories=[{"id": 3, "name": "cat"}],
+        annotations=[
+            {
+                "id": 1,
+                "image_id": 1,
+                "category_id": 3,
+                "bbox": [1, 1, 9, 9],
+                "area": 81,
+                "iscrowd": 0,
+                "segmentation": [[1, 1, 9, 1, 9, 9]],
+            }
+        ],
+    )
+    line = refusal(
+        "--config", COCO, *words, "--test-data", write_coco(tmp_path, other), cwd=tmp_path
+    )
+    assert "digit only in out/model_final.pth; cat only in" in line
 
 
 @needs_detectron2

@@ -181,8 +181,26 @@ def test_a_backbone_is_not_taken_for_a_trained_detector(model, checkpoint) -> No
         weights.load_detector(model, checkpoint, load())
 
 
+def test_a_model_zoos_pickle_is_a_trained_detector_too(model, tmp_path) -> None:
+    """NumPy arrays under Detectron2's names, with what Detectron2 makes anew."""
+    key = "roi_heads.res5.norm.weight"
+    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    arrays[key] = arrays[key] + 2
+    arrays["proposal_generator.anchor_generator.cell_anchors.3"] = np.zeros((3, 4), np.float32)
+    mean = np.array([123.675, 116.28, 103.53], np.float32).reshape(3, 1, 1)
+    zoo = {"model": {**arrays, "pixel_mean": mean}, "__author__": "Detectron2 Model Zoo"}
+    path = tmp_path / "model_final_f10217.pkl"
+    path.write_bytes(pickle.dumps(zoo))
+    weights.load_detector(model, path, load())
+    assert model.state_dict()[key].equal(torch.tensor(arrays[key]))
+    zoo["model"]["pixel_mean"] = mean[::-1].copy()
+    path.write_bytes(pickle.dumps(zoo))
+    with pytest.raises(UserError, match=r"set MODEL.PIXEL_MEAN \"\[103.53, 116.28, 123.675\]"):
+        weights.load_detector(model, path, load())
+
+
 def test_a_truncated_detector_is_refused(model, tmp_path) -> None:
     path = trained(tmp_path, model)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match="is damaged or no checkpoint"):
+    with pytest.raises(UserError, match="cannot be read"):
         weights.load_detector(model, path, load())

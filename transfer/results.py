@@ -6,6 +6,7 @@ Keys of the record:
     metrics: flat, mean over seeds, percent where the papers use percent: {"knn20/top1": 71.2}
     spread: sample standard deviation over seeds of the same keys; empty with one seed
     per_seed: the metrics of each seed
+    details: what lies beneath the metrics, AP of each class and the like; may be empty
     fingerprint: hash of the protocol; two numbers compare only if theirs are equal
     protocol: everything that changes the number, apart from checkpoint, data and seed
     recipe: the recipe's name, and the keys of the protocol that the command line changed, each with
@@ -47,6 +48,7 @@ def write_results(
     data: Mapping[str, Any],
     started: float,
     recipe: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `results.json` into an output folder and return the record.
 
@@ -60,6 +62,7 @@ def write_results(
         data: name, listing hash and counts.
         started: `time.time()` when the evaluation began.
         recipe: what `name_recipe` says.
+        details: what lies beneath the metrics.
     """
     keys = list(per_seed[0])
     columns = {key: [float(seed[key]) for seed in per_seed] for key in keys}
@@ -70,6 +73,7 @@ def write_results(
         "metrics": {key: statistics.fmean(column) for key, column in columns.items()},
         "spread": {k: statistics.stdev(column) for k, column in columns.items()} if several else {},
         "per_seed": [dict(seed) for seed in per_seed],
+        "details": dict(details or {}),
         "fingerprint": fingerprint(protocol),
         "protocol": dict(protocol),
         "recipe": dict(recipe or {}),

@@ -4,6 +4,9 @@ examples:
   python transfer/train_net.py --config configs/coco_R50_C4_1x_moco.yaml --num-gpus 8
   python transfer/train_net.py --config configs/voc_R50_C4_24k_moco.yaml MODEL.WEIGHTS ckpt.pth
   python transfer/train_net.py --config configs/embedded_coco_R50_C4_moco.yaml MODEL.WEIGHTS ''
+  python transfer/train_net.py --config X.yaml --train-data a.json:imgs/ --test-data b.json:imgs/
+  python transfer/train_net.py --config X.yaml --train-data MYVOC:trainval --test-data MYVOC:test
+  python transfer/train_net.py --config X.yaml --check-data          read all data, train nothing
   python transfer/train_net.py --config X.yaml --resume OUTPUT_DIR out        go on with a run
   python transfer/train_net.py --config X.yaml --eval-only MODEL.WEIGHTS out/model_final.pth
 
@@ -30,6 +33,10 @@ KEYS = {
     "device": "MODEL.DEVICE",
     "workers": "DATALOADER.NUM_WORKERS",
     "precision": "MOCO.PRECISION",
+    "train_data": "DATASETS.TRAIN",
+    "test_data": "DATASETS.TEST",
+    "train_fraction": "MOCO.TRAIN_FRACTION",
+    "split_seed": "MOCO.SPLIT_SEED",
 }
 
 
@@ -40,6 +47,18 @@ def parser() -> Parser:
     add("--config", "--config-file", required=True, type=Path, metavar="FILE", help="the recipe")
     add("--resume", metavar="auto|FILE", help="go on from this run's last checkpoint, or from FILE")
     add("--eval-only", action="store_true", help="measure a trained detector (MODEL.WEIGHTS)")
+    add(
+        "--train-data", action="append", metavar="SET", help="one's own: FILE.json:IMAGES, VOC:LIST"
+    )
+    add("--test-data", action="append", metavar="SET", help="the same, to measure on")
+    add("--check-data", action="store_true", help="decode every image, say what is wrong, stop")
+    add(
+        "--train-fraction",
+        type=float,
+        metavar="F",
+        help="of the training images, 0.01 for 1%%; nested",
+    )
+    add("--split-seed", metavar="N", help="which images a fraction has (default 0)")
     add("--num-gpus", type=int, default=1, help="processes on this machine (default 1)")
     add("--num-machines", type=int, default=1, help="machines (default 1)")
     add("--machine-rank", type=int, default=0, help="which of them this one is, from 0")
@@ -67,9 +86,17 @@ def main(argv: list[str] | None = None) -> int:
     from transfer.detection import recipes
 
     flags = [(key, getattr(args, flag)) for flag, key in KEYS.items()]
-    pairs = [word for key, value in flags if value is not None for word in (key, value)]
+    pairs = [
+        word
+        for key, value in flags
+        if value is not None
+        for word in (key, str(tuple(value) if isinstance(value, list) else value))
+    ]
+    cfg = recipes.load_recipe(args.config, [*pairs, *args.opts])
+    if args.check_data:
+        return detection_job.check_data(cfg, quiet=args.quiet)
     job = detection_job.prepare(
-        recipes.load_recipe(args.config, [*pairs, *args.opts]),
+        cfg,
         resume=args.resume,
         eval_only=args.eval_only,
         quiet=args.quiet,

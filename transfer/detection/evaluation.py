@@ -1,33 +1,59 @@
-"""What a trained detector is worth: Detectron2's evaluators, and what it found in some images."""
+"""What a trained detector is worth: COCO's or VOC's measure, and how well each image came out."""
 
-import io
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.data.samplers import InferenceSampler
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    DatasetEvaluators,
-    PascalVOCDetectionEvaluator,
-    inference_on_dataset,
-)
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from numpy.typing import NDArray
 from torch import nn
 
 from convert.errors import UserError
 from convert.progress import progress
-from transfer.detection import datasets
-from transfer.detection.pictures import Shown
+from transfer.detection import coco_metric, datasets, voc_metric
 
-PICTURES = 6
+PARTS = ("AP", "AP50", "AP75")
+SCORE = 0.5  # over it a detection counts, and is drawn, when single images are looked at
+RECALLS = np.linspace(0, 1, 101)
+# What a COCO kind is called in the metrics, and what of an annotation it compares.
+PREFIXES = {"bbox": "box_", "segm": "mask_", "keypoints": "keypoint_"}
+COMPARED = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+
+Floats = NDArray[np.float64]
+
+
+class Outcome(NamedTuple):
+    """A detector's worth on a test set.
+
+    Attributes:
+        metrics: flat, in percent: `voc07/AP50`, `coco/mask_AP`.
+        details: which evaluator ran, AP of each class and of each size.
+        curves: precision, 0..1, at `RECALLS`, for each measure and IoU: `voc07/AP50`.
+        worth: image_id -> F1, 0..1, of its detections over `SCORE` at an IoU of 0.5.
+    """
+
+    metrics: dict[str, float]
+    details: dict[str, Any]
+    curves: dict[str, Floats]
+    worth: dict[Any, float]
+
+
+class Found(NamedTuple):
+    """What a detector found in an image: boxes (D, 4), scores and classes (D,); COCO's results."""
+
+    image_id: Any
+    boxes: Floats
+    scores: Floats
+    classes: NDArray[np.int64]
+    json: list[dict[str, Any]]
 
 
 def hidden(quiet: bool) -> bool:
@@ -35,91 +61,209 @@ def hidden(quiet: bool) -> bool:
     return quiet or not comm.is_main_process()
 
 
-def evaluate(
-    cfg: CfgNode, model: nn.Module, test: datasets.Loaded, quiet: bool
-) -> tuple[dict[str, float], list[Shown]]:
+def evaluate(cfg: CfgNode, model: nn.Module, test: datasets.Loaded, quiet: bool) -> Outcome:
     """Measure a detector on the recipe's test set.
 
     Returns:
-        The metrics in percent (empty in all processes but the main one), and some images with what
-        was found in them.
+        What it is worth; empty in all processes but the main one.
     """
-    name = cfg.DATASETS.TEST[0]
-    task, prefixes = find_task(cfg)
+    kind = datasets.evaluator_type(cfg.DATASETS.TEST[0])[0]
     loader = build_detection_test_loader(
         test.dicts,
         mapper=DatasetMapper(cfg, False),
         sampler=InferenceSampler(len(test.dicts)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    if task == "coco":
-        kinds = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        judge = COCOEvaluator(name, tasks=kinds, use_fast_impl=False)
-    else:
-        judge = PascalVOCDetectionEvaluator(name)
-    album = _Album(test.dicts)
-    found = inference_on_dataset(model, _Counted(loader, quiet), _Judges([judge, album]))
+    collector = _Collector(as_json=kind == datasets.COCO)
+    found = inference_on_dataset(model, _Counted(loader, quiet), collector)
     if not comm.is_main_process():
-        return {}, []
-    metrics = {}
-    for kind, prefix in prefixes.items():
-        for part in ("AP", "AP50", "AP75"):
-            value = float(found[kind][part])
-            metrics[f"{task}/{prefix}{part}"] = value if np.isfinite(value) else 0.0  # none found
-    return metrics, album.shown
+        return Outcome({}, {}, {}, {})
+    measured = (_measure_coco if kind == datasets.COCO else _measure_voc)(cfg, test, found)
+    return measured._replace(worth=image_worth(test.dicts, found))
 
 
-def find_task(cfg: CfgNode) -> tuple[str, dict[str, str]]:
-    """Return the task's name, and what each of Detectron2's results is called in the metrics."""
+def find_task(cfg: CfgNode) -> tuple[str, tuple[str, ...]]:
+    """Return the task's name, and what COCO measures of it (none for VOC).
+
+    Raises:
+        UserError: the set is neither COCO's nor VOC's.
+    """
     name = cfg.DATASETS.TEST[0]
     kind, year = datasets.evaluator_type(name)
-    if kind == "coco":
-        return "coco", {"bbox": "box_"} | ({"segm": "mask_"} if cfg.MODEL.MASK_ON else {})
-    if kind == "pascal_voc":
-        return f"voc{year % 100:02d}", {"bbox": ""}
+    if kind == datasets.COCO:
+        more = (("segm", cfg.MODEL.MASK_ON), ("keypoints", cfg.MODEL.KEYPOINT_ON))
+        return "coco", ("bbox", *(word for word, wanted in more if wanted))
+    if kind == datasets.VOC:
+        return f"voc{year % 100:02d}" if year else "voc", ()
     raise UserError(f"DATASETS.TEST {name}: is measured as '{kind}', want a COCO or a VOC set")
 
 
-class _Judges(DatasetEvaluators):
-    """Evaluators whose printing goes to log.txt."""
+def check_measurable(cfg: CfgNode, test: datasets.Loaded) -> None:
+    """Refuse a test set that has nothing to compare with what the recipe's detector finds.
 
-    def evaluate(self) -> dict[str, Any]:
-        text = io.StringIO()
-        with redirect_stdout(text):
-            found: dict[str, Any] = super().evaluate()
-        logging.getLogger("detectron2.evaluation").info(text.getvalue())
-        return found
+    Raises:
+        UserError: no object has a box, a mask or keypoints.
+    """
+    entries = [entry for image in test.dicts for entry in image.get("annotations", [])]
+    for kind in find_task(cfg)[1] or ("bbox",):
+        key = COMPARED[kind]
+        if not any(e.get(key) and not e.get("iscrowd") and not e.get("difficult") for e in entries):
+            remedy = "set MODEL.MASK_ON False" if kind == "segm" else "name another set"
+            raise UserError(
+                f"DATASETS.TEST {cfg.DATASETS.TEST[0]}: no object has a '{key}', so that there is "
+                f"nothing to measure; {remedy}"
+            )
 
 
-class _Album(DatasetEvaluator):
-    """Keeps what was found in a few images, spread evenly over the set."""
+def voc_rule(cfg: CfgNode) -> str:
+    """Return how VOC's AP is taken: 11-point, as of a set of 2007 or one's own, or area."""
+    if cfg.MOCO.VOC_METRIC != "year":
+        return str(cfg.MOCO.VOC_METRIC)
+    year = datasets.evaluator_type(cfg.DATASETS.TEST[0])[1]
+    return voc_metric.ELEVEN_POINTS if year in (0, 2007) else voc_metric.AREA
 
-    def __init__(self, dicts: list[dict[str, Any]]) -> None:
-        places = np.unique(np.linspace(0, len(dicts) - 1, PICTURES).round().astype(int))
-        self._wanted = {dicts[place]["image_id"]: dicts[place] for place in places}
-        self.shown: list[Shown] = []
+
+def _measure_coco(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -> Outcome:
+    meta = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    truth = json.loads(Path(meta.json_file).read_text(encoding="utf-8"))
+    original = {v: k for k, v in meta.thing_dataset_id_to_contiguous_id.items()}
+    results = [r | {"category_id": original[r["category_id"]]} for one in found for r in one.json]
+    evaluator = coco_metric.choose(cfg.MOCO.COCO_EVALUATOR)
+    outcome = Outcome({}, {"evaluator": coco_metric.version(evaluator)}, {}, {})
+    per_class: dict[str, dict[str, float]] = {}
+    per_size: dict[str, float] = {}
+    for kind in find_task(cfg)[1]:
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        measured = coco_metric.measure(truth, results, kind, evaluator, sigmas)
+        word = f"coco/{PREFIXES[kind]}"
+        numbers = measured.percent(kind)
+        outcome.metrics.update({word + part: numbers.pop(part) for part in PARTS})
+        per_class |= {f"{word}AP": measured.per_class(), f"{word}AP50": measured.per_class(0.5)}
+        per_size |= {word + part: value for part, value in numbers.items()}
+        outcome.curves.update({f"{word}AP{at}": measured.curve(at / 100) for at in (50, 75)})
+    outcome.details.update(per_class=per_class, per_size_and_recall=per_size)
+    return outcome
+
+
+def _measure_voc(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -> Outcome:
+    task, rule = find_task(cfg)[0], voc_rule(cfg)
+    curves = {}
+    for place, name in enumerate(test.classes):
+        own = voc_metric.curves(*voc_arrays(test.dicts, found, place))
+        if own is not None:
+            curves[name] = own
+    table = {  # (10,) APs of each class
+        name: 100 * np.array([voc_metric.average_precision(curve, rule) for curve in own])
+        for name, own in curves.items()
+    }
+    means = np.mean(list(table.values()), axis=0)
+    by_iou = dict(zip(voc_metric.IOUS, means.tolist(), strict=True))
+    details = {
+        "evaluator": f"VOC, {rule}",
+        "per_class": {
+            f"{task}/AP": {name: float(values.mean()) for name, values in table.items()},
+            f"{task}/AP50": {name: float(values[0]) for name, values in table.items()},
+        },
+    }
+    drawn = {
+        f"{task}/AP{at}": np.mean(
+            [voc_metric.precision_at(own[(at - 50) // 5], RECALLS) for own in curves.values()],
+            axis=0,
+        )
+        for at in (50, 75)
+    }
+    metrics = {"AP": float(means.mean()), "AP50": by_iou[50], "AP75": by_iou[75]}
+    return Outcome({f"{task}/{key}": value for key, value in metrics.items()}, details, drawn, {})
+
+
+def voc_arrays(
+    dicts: Sequence[Mapping[str, Any]], found: Sequence[Found], category: int
+) -> tuple[voc_metric.Objects, voc_metric.Detections]:
+    """Bring a class's objects and detections into VOC's own pixels, counted from 1."""
+    place = {image["image_id"]: i for i, image in enumerate(dicts)}
+    true = [
+        (i, entry)
+        for i, image in enumerate(dicts)
+        for entry in image.get("annotations", [])
+        if entry["category_id"] == category
+    ]
+    first = np.array([1, 1, 0, 0])
+    objects = voc_metric.Objects(
+        image=np.array([i for i, _ in true], np.int64),
+        boxes=_corners([entry for _, entry in true]) + first,
+        difficult=np.array([bool(entry.get("difficult")) for _, entry in true], bool),
+    )
+    own = [(place[one.image_id], one, one.classes == category) for one in found]
+    own.sort(key=lambda part: part[0])  # as the set lists them, however many processes found them
+    detections = voc_metric.Detections(
+        image=np.concatenate([np.full(int(k.sum()), i, np.int64) for i, _, k in own]),
+        boxes=np.concatenate([one.boxes[k] for _, one, k in own]) + first,
+        scores=np.concatenate([one.scores[k] for _, one, k in own]),
+    )
+    return objects, detections
+
+
+def image_worth(dicts: Sequence[Mapping[str, Any]], found: Sequence[Found]) -> dict[Any, float]:
+    """Return each image's F1 at an IoU of 0.5; images without objects and detections are left out.
+
+    Crowds and difficult objects count neither way.
+    """
+    by_id = {one.image_id: one for one in found}
+    worth = {}
+    for image in dicts:
+        one = by_id.get(image["image_id"])
+        entries = image.get("annotations", [])
+        if one is None:
+            continue
+        kept = one.scores >= SCORE
+        hard = np.array([bool(e.get("difficult") or e.get("iscrowd")) for e in entries], bool)
+        objects = voc_metric.Objects(
+            np.array([e["category_id"] for e in entries], np.int64), _corners(entries), hard
+        )
+        order = np.argsort(-one.scores[kept], kind="stable")
+        classes, boxes = one.classes[kept][order], one.boxes[kept][order]
+        # Classes take the part of images: only what is of one class can overlap.
+        iou, nearest = voc_metric.best_overlaps(objects, classes, boxes)
+        hit = iou > 0.5
+        counted = ~(hit & hard[nearest]) if len(entries) else np.ones(len(hit), bool)
+        right = len(np.unique(nearest[hit & counted]))
+        total = int(counted.sum()) + int((~hard).sum())
+        if total:
+            worth[image["image_id"]] = 2 * right / total
+    return worth
+
+
+def _corners(entries: Sequence[Mapping[str, Any]]) -> Floats:
+    """Return boxes as (N, 4) x0, y0, x1, y1."""
+    boxes = [BoxMode.convert(list(e["bbox"]), e["bbox_mode"], BoxMode.XYXY_ABS) for e in entries]
+    return np.array(boxes, float).reshape(-1, 4)
+
+
+class _Collector(DatasetEvaluator):
+    """Keeps what was found, unrounded; the main process gets all of it."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+
+    def reset(self) -> None:
+        self._found: list[Found] = []
 
     def process(self, inputs: Any, outputs: Any) -> None:
         for image, output in zip(inputs, outputs, strict=True):
-            truth = self._wanted.get(image["image_id"])
-            if truth is not None:
-                self.shown.append(_shown(truth, output["instances"].to("cpu")))
+            found = output["instances"].to("cpu")
+            self._found.append(
+                Found(
+                    image["image_id"],
+                    found.pred_boxes.tensor.double().numpy(),
+                    found.scores.double().numpy(),
+                    found.pred_classes.numpy(),
+                    instances_to_coco_json(found, image["image_id"]) if self._as_json else [],
+                )
+            )
 
-
-def _shown(truth: Mapping[str, Any], found: Any) -> Shown:
-    boxes = [
-        BoxMode.convert(entry["bbox"], entry["bbox_mode"], BoxMode.XYXY_ABS)
-        for entry in truth.get("annotations", [])
-    ]
-    outlines = [entry.get("segmentation") for entry in truth.get("annotations", [])]
-    return Shown(
-        file=Path(truth["file_name"]),
-        true_boxes=np.array(boxes, float).reshape(-1, 4),
-        true_outlines=[outline for outline in outlines if isinstance(outline, list)],
-        boxes=found.pred_boxes.tensor.double().numpy(),
-        scores=found.scores.double().numpy(),
-        masks=found.pred_masks.numpy() if found.has("pred_masks") else None,
-    )
+    def evaluate(self) -> list[Found]:
+        parts = comm.gather(self._found, dst=0)
+        return [one for part in parts for one in part]
 
 
 class _Counted:

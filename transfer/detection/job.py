@@ -26,10 +26,11 @@ from convert import released
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
 from convert.files import output_folder, write_text
-from transfer.detection import datasets, memory, recipes
-from transfer.detection.evaluation import evaluate, find_task
-from transfer.detection.pictures import draw_detections
-from transfer.detection.trainer import Trainer
+from transfer.detection import data_check, datasets, memory, recipes
+from transfer.detection.album import take_pictures
+from transfer.detection.evaluation import SCORE, Outcome, check_measurable, evaluate, find_task
+from transfer.detection.pictures import draw_curves, draw_detections
+from transfer.detection.trainer import METRICS_FILE, Trainer
 from transfer.detection.weights import (
     CHECKPOINT_FILE,
     FINAL_FILE,
@@ -43,6 +44,7 @@ from transfer.results import FILE_NAME, format_metrics, write_results
 
 CONFIG_FILE = "config.yaml"
 PICTURE_FILE = "detections.png"
+CURVES_FILE = "curves.png"
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,16 @@ def work(job: Job) -> None:
     seed_all_rng(cfg.SEED + comm.get_rank())
     test = datasets.load(cfg.DATASETS.TEST, training=False)
     _check_classes(cfg, test)
+    check_measurable(cfg, test)
     if job.eval_only:
+        _check_data(job, test)
         model = build_detector(cfg)
         facts = load_detector(model, _detector_file(job), cfg)
+        trained_on = facts.pop("classes", None)
+        if trained_on is not None:
+            datasets.check_classes(
+                str(_detector_file(job)), trained_on, test.names[0], test.classes
+            )
         job.say(f"detector: {_describe(facts)}")
         job.say(f"output: {job.output}")
         _begin_logs(job)
@@ -173,21 +182,26 @@ def work(job: Job) -> None:
             cfg.DATASETS.TRAIN,
             training=True,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            fraction=cfg.MOCO.TRAIN_FRACTION,
+            split_seed=cfg.MOCO.SPLIT_SEED,
         )
         _check_classes(cfg, train)
+        datasets.check_classes(train.names[0], train.classes, test.names[0], test.classes)
+        _check_data(job, test, train)
         model, facts = _train(job, train)
         data = {"train": train.record(), "test": test.record()}
-    metrics, shown = evaluate(cfg, model, test, job.quiet)
+    outcome = evaluate(cfg, model, test, job.quiet)
     if comm.is_main_process():
-        draw_detections(job.output / PICTURE_FILE, shown)
+        _draw(job, model, test, outcome)
         record = write_results(
             job.output,
             task=find_task(cfg)[0],
-            per_seed=[metrics],
+            per_seed=[outcome.metrics],
             protocol=recipes.protocol(cfg, job.processes),
             config=recipes.as_dict(cfg),
             checkpoint=facts,
             data=data,
+            details=outcome.details,
             started=started,
         )
         (job.output / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -207,12 +221,61 @@ def _train(job: Job, train: datasets.Loaded) -> tuple[nn.Module, dict[str, Any]]
     _begin_logs(job)
     if comm.is_main_process():
         write_text(job.output / CONFIG_FILE, cfg.dump())
-    trainer = Trainer(cfg, model, train, facts, job.quiet)
+    trainer = Trainer(cfg, model, train, facts | {"classes": list(train.classes)}, job.quiet)
     trainer.train_from(state)
     trainer.recompute_statistics()
     if comm.is_main_process():
         trainer.save(job.output / FINAL_FILE, whole=False)
     return model, facts
+
+
+def check_data(cfg: CfgNode, *, quiet: bool) -> int:
+    """Look at every set that a recipe names, whole, and say what is wrong with it.
+
+    Returns:
+        0: nothing stops a run.
+
+    Raises:
+        UserError: something does.
+    """
+    sets = dict.fromkeys(cfg.DATASETS.TRAIN, True) | dict.fromkeys(cfg.DATASETS.TEST, False)
+    missing = datasets.missing_files(list(sets))
+    if missing:
+        raise UserError("; ".join(missing))
+    readings = {name: datasets.read(name) for name in sets}
+    findings = []
+    for name, training in sets.items():
+        found = data_check.look(readings[name], training=training, decode=True, quiet=quiet)
+        findings.append(found)
+        print("\n".join(found.lines()), flush=True)
+    data_check.refuse(findings)
+    first = next(iter(readings.values()))
+    for reading in readings.values():
+        datasets.check_classes(first.name, first.classes, reading.name, reading.classes)
+    print("data: nothing stops a run")
+    return 0
+
+
+def _check_data(job: Job, test: datasets.Loaded, train: datasets.Loaded | None = None) -> None:
+    """Look at the heads of all images, in the main process; the others wait for it later."""
+    if not comm.is_main_process():
+        return
+    trained = () if train is None else train.readings
+    pairs = [*((reading, True) for reading in trained), *((r, False) for r in test.readings)]
+    findings = [data_check.look(r, training=training, quiet=job.quiet) for r, training in pairs]
+    for found in findings:
+        if found.notes:
+            job.say("\n".join(found.lines()))
+    data_check.refuse(findings)
+
+
+def _draw(job: Job, model: nn.Module, test: datasets.Loaded, outcome: Outcome) -> None:
+    """Draw what a reader looks at first: some images, and the curves."""
+    shown = take_pictures(job.cfg, model, test.dicts, outcome.worth)
+    draw_detections(job.output / PICTURE_FILE, shown, SCORE)
+    losses = job.output / METRICS_FILE
+    per_class = outcome.details["per_class"]
+    draw_curves(job.output / CURVES_FILE, losses, outcome.curves, per_class)
 
 
 def _say_results(job: Job, record: Mapping[str, Any]) -> None:

@@ -17,9 +17,12 @@ from detectron2.config import CfgNode, get_cfg
 from convert.errors import UserError, nearest
 from convert.files import detectron2_version
 from pretrain.config import BASE_KEY
+from transfer.detection import coco_metric, datasets, voc_metric
 
 DETECTRON2_OUTPUT = "./output"  # Detectron2's default, where our link to the weights lives
 PRECISIONS = ("fp32", "bf16")
+VOC_METRICS = ("year", voc_metric.ELEVEN_POINTS, voc_metric.AREA)
+CLASSES_KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl")
 
 # Keys that change where or how fast, not what: they stay out of a protocol. Seed and weights have
@@ -28,6 +31,7 @@ _NO_PROTOCOL = (
     "CUDNN_BENCHMARK",
     "DATALOADER.NUM_WORKERS",
     "GLOBAL",
+    "MOCO.COCO_EVALUATOR",  # tests hold their numbers equal to the last bit
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "OUTPUT_DIR",
@@ -44,6 +48,12 @@ def add_config(cfg: CfgNode) -> None:
     """Add this project's own keys, with their defaults, to a Detectron2 config."""
     cfg.MOCO = CfgNode()
     cfg.MOCO.PRECISION = "fp32"  # or bf16: autocast in training and evaluation
+    cfg.MOCO.TRAIN_FRACTION = 1.0  # share of the training images, 0..1
+    cfg.MOCO.SPLIT_SEED = 0  # decides which images a fraction has
+    cfg.MOCO.VOC_METRIC = (
+        "year"  # the test set's: 11-point for 2007 and one's own; or 11-point, area
+    )
+    cfg.MOCO.COCO_EVALUATOR = "auto"  # faster-coco-eval where installed, else pycocotools
 
 
 def load_recipe(file: Path, pairs: Sequence[str] = ()) -> CfgNode:
@@ -63,6 +73,7 @@ def load_recipe(file: Path, pairs: Sequence[str] = ()) -> CfgNode:
     if cfg.OUTPUT_DIR == DETECTRON2_OUTPUT:
         cfg.OUTPUT_DIR = str(_default_output(file, cfg.MODEL.WEIGHTS))
     _check_values(cfg)
+    _follow_data(cfg, CLASSES_KEY in pairs[::2])
     return cfg
 
 
@@ -95,6 +106,8 @@ def protocol(cfg: CfgNode, processes: int) -> dict[str, Any]:
     batch = cfg.SOLVER.IMS_PER_BATCH
     synchronised = "SyncBN" in norm
     return number_keys(flatten(cfg)) | {
+        "DATASETS.TRAIN": [datasets.label(name) for name in cfg.DATASETS.TRAIN],
+        "DATASETS.TEST": [datasets.label(name) for name in cfg.DATASETS.TEST],
         "detectron2": detectron2_version(),
         "norm": norm,
         "norm_group_images": batch if synchronised else batch // processes,
@@ -192,10 +205,34 @@ def _check_values(cfg: CfgNode) -> None:
         raise UserError("SOLVER.AMP.ENABLED: is not used here; take MOCO.PRECISION bf16")
     if cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise UserError("SOLVER.REFERENCE_WORLD_SIZE: is not used here; set the schedule itself")
+    if not 0 < cfg.MOCO.TRAIN_FRACTION <= 1:
+        found = cfg.MOCO.TRAIN_FRACTION
+        raise UserError(f"MOCO.TRAIN_FRACTION: found {found}, want above 0 and up to 1 (1%: 0.01)")
+    if cfg.MOCO.VOC_METRIC not in VOC_METRICS:
+        wanted = " or ".join(VOC_METRICS)
+        raise UserError(f"MOCO.VOC_METRIC: found '{cfg.MOCO.VOC_METRIC}', want {wanted}")
+    coco_metric.choose(cfg.MOCO.COCO_EVALUATOR)
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
             f"DATASETS.TEST: found {len(cfg.DATASETS.TEST)} sets; a result has one: name it alone"
         )
+
+
+def _follow_data(cfg: CfgNode, given: bool) -> None:
+    """Give the detector as many classes as one's own data have.
+
+    Raises:
+        UserError: the command line gives another number.
+    """
+    classes = datasets.own_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    if classes is None:
+        return
+    if given and cfg.MODEL.ROI_HEADS.NUM_CLASSES != len(classes):
+        raise UserError(
+            f"{CLASSES_KEY}: found {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, the data have {len(classes)} "
+            f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); leave it out"
+        )
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
 
 
 def _default_output(file: Path, weights: str) -> Path:

@@ -1,9 +1,11 @@
 """Weights that land in a detector whole, or not at all."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -14,13 +16,14 @@ from convert.errors import UserError
 from convert.facts import EXTRA_KEY, Facts
 from convert.files import sha256
 from convert.names import COUNTER, land, to_detectron2
+from convert.reading import PickledArray, read_file
 from convert.settings import check_keys, check_recipe
 from transfer.detection import recipes, roi_heads  # noqa: F401 (registers the head)
 
 CHECKPOINT_FILE = "checkpoint.pth"  # the last state of a running training
 FINAL_FILE = "model_final.pth"  # the trained detector, without what only training needs
 # Made anew from the recipe; old files of Detectron2 hold them all the same.
-_REBUILT = ("cell_anchors.0", "pixel_mean", "pixel_std")
+_REBUILT = re.compile(r"(^|\.)(cell_anchors\.\d+|pixel_mean|pixel_std)$")
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
@@ -74,7 +77,7 @@ def load_detector(model: nn.Module, path: Path, cfg: CfgNode) -> dict[str, Any]:
 
     Args:
         model: built from the recipe that the detector was trained with.
-        path: `model_final.pth` of a run here, or of Detectron2.
+        path: `model_final.pth` of a run here or of Detectron2, or a file of its model zoo (.pkl).
         cfg: the recipe.
 
     Returns:
@@ -84,16 +87,34 @@ def load_detector(model: nn.Module, path: Path, cfg: CfgNode) -> dict[str, Any]:
         UserError: the file is no detector, was trained on other pixels, or a tensor is missing,
             left over, or of another shape.
     """
-    content = read_torch(path)
-    weights = content.get("model")
-    if not isinstance(weights, Mapping) or not any("proposal_generator" in k for k in weights):
+    content = read_file(path).values
+    weights = content.get("model", content) if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not any("proposal_generator" in str(k) for k in weights):
         raise UserError(f"{path}: holds no trained detector; want a run's {FINAL_FILE}")
+    weights = {key: _as_tensor(value) for key, value in weights.items()}
     ours = content.get(EXTRA_KEY)
-    if ours is not None:
-        check_keys(recipes.flatten(cfg), ours["pixels"], str(path))
+    known = _kept_pixels(weights) if ours is None else ours["pixels"]
+    check_keys(recipes.flatten(cfg), known, str(path))
     fill_all(model, weights, str(path))
     facts = {"name": path.name, "method": "unknown"} if ours is None else dict(ours["facts"])
     return facts | {"detector": str(path), "detector_sha256": sha256(path)}
+
+
+def _as_tensor(value: Any) -> Any:
+    """Turn the arrays of a model zoo's pickle into tensors."""
+    return (
+        torch.tensor(np.asarray(value)) if isinstance(value, np.ndarray | PickledArray) else value
+    )
+
+
+def _kept_pixels(weights: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return the pixel statistics that old files of Detectron2 hold among their weights."""
+    names = {"MODEL.PIXEL_MEAN": "pixel_mean", "MODEL.PIXEL_STD": "pixel_std"}
+    return {
+        key: [round(float(value), 3) for value in weights[name].flatten()]
+        for key, name in names.items()
+        if name in weights
+    }
 
 
 def read_torch(path: Path) -> dict[str, Any]:
@@ -122,7 +143,7 @@ def fill_all(model: nn.Module, weights: Mapping[str, Any], where: str) -> None:
     """
     state = model.state_dict()
     missing = [key for key in state if key not in weights]
-    extra = [key for key in weights if key not in state and not key.endswith(_REBUILT)]
+    extra = [key for key in weights if key not in state and not _REBUILT.search(key)]
     for fault, keys in (("missing", missing), ("left over", extra)):
         if keys:
             raise UserError(
