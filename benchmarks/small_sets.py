@@ -1,7 +1,7 @@
 """Compare checkpoints on small image sets by every protocol of frozen features, with spread.
 
   python benchmarks/small_sets.py --init MoCo=ckpt.pth --set caltech101=DIR --set voc=VOCDIR
-  python benchmarks/small_sets.py --init MoCo=a.pth --set cifar10=DIR --per-class 60,30 --resume
+  python benchmarks/small_sets.py --init MoCo=a.pth --set cifar10=DIR --per-class cifar10=40,20
 
 Random initialisation is always the first row, drawn anew for each seed. Each cell is a run of one
 of transfer/{knn,main_lincls,logreg,svm}.py, whose results.json stays; what is done is not run
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--init", action="append", default=[], metavar="NAME=FILE", help="a checkpoint, a row")
     add("--set", action="append", default=[], metavar="NAME=DIR", help="images, some columns")
-    add("--per-class", default="", metavar="N,N", help="take so many train and val images a class")
+    add("--per-class", action="append", default=[], metavar="NAME=N,N", help="train and val images")
     add("--image-size", type=int, default=64, metavar="N", help="default: 64 px")
     add("--arch", default="resnet50", metavar="NAME", help="of random init (default: resnet50)")
     add("--seeds", type=int, default=3, metavar="N", help="default: 3")
@@ -80,12 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     if not sets:
         raise UserError("--set is missing: name images, as --set caltech101=DIR")
     started = time.time()
-    if args.per_class:
-        counts = tuple(map(int, args.per_class.split(",")))
-        parts = [(name, path) for name, path in sets.items() if (path / "train").is_dir()]
-        sets |= {
-            name: subset(path, counts, args.output_dir / "sets" / name) for name, path in parts
-        }
+    for name, words in named(args.per_class, "--per-class").items():
+        if name not in sets or not (sets[name] / "train").is_dir():
+            raise UserError(f"--per-class {name}: want the name of a --set with class folders")
+        sets[name] = subset(sets[name], words, args.output_dir / "sets" / name)
     cells = plan(inits, sets, args)
     for number, cell in enumerate(cells, 1):
         run(cell, f"{number}/{len(cells)}", quiet=args.quiet)
@@ -105,16 +103,17 @@ def named(words: list[str], flag: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def subset(root: Path, counts: tuple[int, ...], out: Path) -> Path:
+def subset(root: Path, words: str, out: Path) -> Path:
     """Link a few images of each class, drawn once, into a folder of the same layout.
 
     Args:
         root: holds train/ and val/ or test/.
-        counts: images a class, in train and in the other.
+        words: `N,N`: images a class, in train and in the other.
         out: the new folder.
     """
+    counts = [int(word) if word.isdecimal() else 0 for word in words.split(",")]
     if len(counts) != 2 or min(counts) < 1:
-        raise UserError(f"--per-class {','.join(map(str, counts))}: want two numbers above 0")
+        raise UserError(f"--per-class {words}: want two numbers above 0, as caltech101=12,6")
     judged = "val" if (root / "val").is_dir() else "test"
     for (part, target), count in zip((("train", "train"), (judged, "val")), counts, strict=True):
         for folder in sorted(path for path in (root / part).iterdir() if path.is_dir()):

@@ -19,7 +19,14 @@ def made(tmp_path_factory):
 def test_a_row_a_checkpoint_and_a_column_a_set_and_protocol(made, tmp_path, capsys):
     words = ["--init", f"other={made / 'resnet18.pth'}", "--arch", "resnet18", "--seeds", "2"]
     words += ["--set", f"colours={made / 'colours'}", "--set", f"voc={made / 'voc'}"]
-    words += ["--per-class", "8,3", "--image-size", "32", "--output-dir", str(tmp_path / "out")]
+    words += [
+        "--per-class",
+        "colours=8,3",
+        "--image-size",
+        "32",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     # kNN's k = 20 needs 20 images in the bank: 3 classes of 8, nine tenths of them.
     assert small_sets.main([*words, "--quiet"]) == 0
     record = json.loads((tmp_path / "out/table.json").read_text())
@@ -42,6 +49,7 @@ def test_a_row_a_checkpoint_and_a_column_a_set_and_protocol(made, tmp_path, caps
         ([], "--set is missing"),
         (["--set", "colours"], "--set colours: want NAME=PATH"),
         (["--set", "a=b", "--init", "=x"], "--init =x: want NAME=PATH"),
+        (["--set", "a=b", "--per-class", "c=1,1"], "--per-class c: want the name of a --set"),
         (["--set", "gone=nowhere"], "gone, random init, logreg mAP: logreg.py: images nowhere"),
     ],
 )
