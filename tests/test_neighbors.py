@@ -1,9 +1,11 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convert.errors import UserError
 from pretrain import monitor
 from tests import reference
+from transfer.classification import neighbors
 from transfer.classification.features import Features
 from transfer.classification.neighbors import KnnConfig, knn_accuracies, nearest, vote
 
@@ -37,14 +39,36 @@ def test_the_vote_equals_the_monitors():
         assert knn_accuracies(bank, queries, (k,), 0.1, 5) == {f"knn{k}/top1": watched}
 
 
+# Images of the bank at a time: 1, 7, 64, 119, 1000 of 120.
 @pytest.mark.parametrize("at_once", [1, 7, 64, 119, 1000])
-def test_streaming_over_the_bank_finds_the_same_neighbors(at_once):
+@pytest.mark.parametrize("queries_at_once", [8, 30, 512])
+def test_streaming_over_the_bank_finds_the_same_neighbors(at_once, queries_at_once, monkeypatch):
+    monkeypatch.setattr(neighbors, "QUERIES_AT_ONCE", queries_at_once)
     bank, queries = drawn(120, 5).values, drawn(30, 6).values
-    cosines, places = nearest(bank, queries, 20, at_once=at_once)
+    memory_mib = (at_once + 0.5) * 4 * queries_at_once / 2**20
+    cosines, places = nearest(bank, queries, 20, memory_mib)
     units = [torch.nn.functional.normalize(x, dim=1) for x in (queries, bank)]
     expected = (units[0] @ units[1].T).topk(20, dim=1)
     assert torch.equal(places, expected.indices)
     torch.testing.assert_close(cosines, expected.values)
+
+
+def test_the_similarities_held_stay_within_the_setting():
+    bank, queries = torch.randn(20_000, 8), torch.randn(600, 8)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            done = func(*args, **(kwargs or {}))
+            for tensor in done if isinstance(done, tuple | list) else [done]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return done
+
+    with Watch():
+        nearest(bank, queries, 10, memory_mib=2)
+    assert 1.9 * 2**20 < largest <= 2 * 2**20  # all at once would be 46 MiB
 
 
 def test_perfect_features_give_100():
@@ -73,6 +97,7 @@ def test_a_nearer_neighbor_outweighs_several_far_ones_only_at_a_low_temperature(
     [
         ({"k": (10, 0)}, "k is 0, want at least 1"),
         ({"k": ()}, "k is empty"),
+        ({"memory_mib": 0}, "memory_mib is 0, want at least 1"),
         ({"temperature": 0.0}, "temperature is 0.0, want more than 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"seeds": 0}, "seeds is 0, want at least 1"),

@@ -5,10 +5,11 @@
   python transfer/knn.py --config configs/classification/knn_embedded.yaml --pretrained ckpt.pth
   python transfer/knn.py --config configs/classification/knn_embedded.yaml --pretrained random
 
-IMAGES/train votes, IMAGES/val is judged, one folder a class in each; without IMAGES: the embedded
-digits. --seeds 1 is the exact protocol, all training images in the bank; with more, each seed votes
-with another random 90% of them, for a spread (and random init is drawn anew).
-Keys: k, temperature, image_size, stage, seed, seeds, feature_cache.
+IMAGES/train votes, IMAGES/val is judged, one folder a class in each, or IMAGES is a published set
+(CIFAR, iNaturalist, Places); without IMAGES: the embedded digits. --seeds 1 is the exact protocol,
+all training images in the bank; with more, each seed votes with another random 90% of them, for a
+spread (and random init is drawn anew).
+Keys: k, temperature, memory_mib, image_size, stage, seed, seeds, feature_cache.
 """
 
 import sys

@@ -4,6 +4,7 @@ Legend: M: images of the bank; Q: queries; D: width of a feature; k: neighbours 
 classes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from transfer.classification.probe import Probe
 from transfer.classification.request import ProbeConfig, Request, require_at_least
 
 QUERIES_AT_ONCE = 512
-BANK_AT_ONCE = 32768  # with the above: 64 MiB of similarities, however large the bank
+MEMORY_MIB = 128  # of similarities at a time, however large the bank
 BANK_SHARE = 0.9  # of the bank, drawn anew for each of several seeds
 
 
@@ -31,10 +32,12 @@ class KnnConfig(ProbeConfig):
         k: numbers of neighbours, each with a result of its own.
         temperature: a neighbour's vote weighs exp(cosine / temperature). InstDisc, DINO and
             mmselfsup take .07 on backbone features; MoCo's CIFAR notebook takes .1 on the head's.
+        memory_mib: memory for similarities, MiB: the bank streams through it. Changes no number.
     """
 
     k: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07
+    memory_mib: int = MEMORY_MIB
 
     def __post_init__(self) -> None:
         """Refuse values that no vote can have."""
@@ -42,34 +45,45 @@ class KnnConfig(ProbeConfig):
         if not self.k:
             raise UserError("k is empty, want numbers of neighbours as in: k 10,20,200")
         require_at_least("k", min(self.k), 1)
+        require_at_least("memory_mib", self.memory_mib, 1)
         if not self.temperature > 0:
             raise UserError(f"temperature is {self.temperature}, want more than 0")
 
 
 def nearest(
-    bank: Tensor, queries: Tensor, k: int, at_once: int = BANK_AT_ONCE
+    bank: Tensor, queries: Tensor, k: int, memory_mib: float = MEMORY_MIB
 ) -> tuple[Tensor, Tensor]:
     """Find the k most similar images of the bank, streaming over the bank.
 
+    Each part of the bank is read and normalised once; beside it and the queries, only the
+    similarities of one part and the best k so far are held.
+
     Args:
-        bank: (M, D) features, M >= k.
-        queries: (Q, D) features.
+        bank: (M, D) features, M >= k; on the CPU or on the queries' device.
+        queries: (Q, D) features; their device computes.
         k: how many.
-        at_once: images of the bank that are compared at a time; bounds the memory.
+        memory_mib: bounds the similarities that are held at a time, MiB.
 
     Returns:
         Cosines (Q, k) from the largest down, and their places in the bank (Q, k).
     """
     queries = normalize(queries, dim=1)
-    best = queries.new_full((len(queries), 0), 0.0)
-    places = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
+    best = queries.new_full((len(queries), k), -math.inf)
+    places = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
+    at_once = max(int(memory_mib * 2**20 / (4 * QUERIES_AT_ONCE)), 1)
+    room = queries.new_empty(QUERIES_AT_ONCE * min(at_once, len(bank)))
     for first in range(0, len(bank), at_once):
-        part = normalize(bank[first : first + at_once].to(queries.device), dim=1)
-        cosines, found = (queries @ part.T).topk(min(k, len(part)), dim=1)
-        best, kept = torch.cat([best, cosines], 1).topk(
-            min(k, best.shape[1] + len(found[0])), dim=1
-        )
-        places = torch.cat([places, found + first], 1).gather(1, kept)
+        part = normalize(bank[first : first + at_once].to(queries.device), dim=1).T
+        for rows in torch.arange(len(queries)).split(QUERIES_AT_ONCE):
+            own = slice(int(rows[0]), int(rows[-1]) + 1)
+            shape = (len(rows), part.shape[1])
+            similarity = torch.mm(queries[own], part, out=room[: math.prod(shape)].view(shape))
+            cosines, found = similarity.topk(min(k, part.shape[1]), dim=1)
+            if first:
+                cosines, found = torch.cat([best[own], cosines], 1), found + first
+                cosines, kept = cosines.topk(k, dim=1)
+                found = torch.cat([places[own], found], 1).gather(1, kept)
+            best[own, : cosines.shape[1]], places[own, : cosines.shape[1]] = cosines, found
     return best, places
 
 
@@ -98,19 +112,32 @@ def knn_accuracies(
     ks: Sequence[int],
     temperature: float,
     num_classes: int,
+    device: torch.device | None = None,
+    memory_mib: float = MEMORY_MIB,
 ) -> dict[str, float]:
     """Classify the queries by their neighbours in the bank.
+
+    Args:
+        bank: what votes.
+        queries: what is judged.
+        ks: numbers of neighbours.
+        temperature: of the vote's weights.
+        num_classes: C.
+        device: where it is computed; None: where the queries are.
+        memory_mib: bounds the similarities that are held at a time, MiB.
 
     Returns:
         Percent of queries that got their own class: {"knn20/top1": 71.2, ...}.
     """
+    values = queries.values if device is None else queries.values.to(device)
+    cosines, places = nearest(bank.values, values, max(ks), memory_mib)
+    cosines, places = cosines.cpu(), places.cpu()
     right = dict.fromkeys(ks, 0)
-    for first in range(0, len(queries.values), QUERIES_AT_ONCE):
-        part = queries.take(torch.arange(first, min(first + QUERIES_AT_ONCE, len(queries.labels))))
-        cosines, places = nearest(bank.values, part.values, max(ks))
+    for rows in torch.arange(len(places)).split(QUERIES_AT_ONCE):
+        labels = bank.labels[places[rows]]
         for k in ks:
-            winners = vote(cosines, bank.labels[places], k, temperature, num_classes)
-            right[k] += int((winners == part.labels).sum())
+            winners = vote(cosines[rows], labels, k, temperature, num_classes)
+            right[k] += int((winners == queries.labels[rows]).sum())
     return {f"knn{k}/top1": 100 * right[k] / len(queries.labels) for k in ks}
 
 
@@ -139,7 +166,8 @@ def evaluate(config: KnnConfig, request: Request) -> dict[str, Any]:
         if size < images:
             drawn = torch.randperm(images, generator=generator(seed, "bank"))[:size]
             bank = bank.take(drawn.sort().values)
-        found = knn_accuracies(bank, queries, config.k, config.temperature, probe.num_classes)
+        protocol = (config.k, config.temperature, probe.num_classes)
+        found = knn_accuracies(bank, queries, *protocol, probe.device, config.memory_mib)
         per_seed.append(found)
     return probe.write(per_seed, request.output_dir)
 

@@ -27,18 +27,25 @@ class Probe:
         config: image size, stage, seeds.
         request: checkpoint, images, folders.
         protocol: everything that changes the number, apart from checkpoint, data and seed.
+        tagged: whether the protocol takes images with several classes.
 
     Raises:
         UserError: device, images or checkpoint are not there or unfit.
     """
 
     def __init__(
-        self, task: str, config: ProbeConfig, request: Request, protocol: Mapping[str, Any]
+        self,
+        task: str,
+        config: ProbeConfig,
+        request: Request,
+        protocol: Mapping[str, Any],
+        *,
+        tagged: bool = False,
     ) -> None:
         self.started = time.time()
         self.task, self.config, self.request, self.protocol = task, config, request, protocol
         self.device = pick_device(request.device)
-        self.sets = open_sets(request.folder)
+        self.sets = open_sets(request.folder, tagged=tagged)
         self.data = self.sets.as_dict()
         self.num_classes = len(self.sets.train.classes)
         self.backbone = open_backbone(request, config.seed)

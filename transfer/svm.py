@@ -1,0 +1,46 @@
+r"""Classify by linear support vector machines on frozen features: VOC07 mAP, its low-shot curve.
+
+  python transfer/svm.py --pretrained ckpt.pth VOCdevkit
+  python transfer/svm.py --config configs/classification/svm_voc07.yaml \
+      --pretrained ckpt.pth VOCdevkit
+  python transfer/svm.py --pretrained ckpt.pth IMAGES low_shot 1,2,4,8 costs .01,.1,1
+
+VOCdevkit holds VOC2007/{JPEGImages,Annotations,ImageSets/Main}: trainval is learnt from, test is
+judged. IMAGES holds train/ and val/, one folder a class in each (Places, ImageNet), or a published
+set. One machine a class, its cost chosen by cross-validation, all classes on all cores.
+Keys: costs, folds, positive_weight, max_iter, difficult, low_shot, samples, jobs, image_size,
+stage, seed, seeds, feature_cache.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: our root, not this folder, comes first on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from convert.errors import Parser, run_script
+from pretrain.config import join_resume, load_config
+from transfer.classification.request import add_flags, flags_of, read_request
+from transfer.results import format_metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the command line, train the machines, print the result; return the exit status."""
+    parser = Parser(__doc__)
+    add_flags(parser)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_intermixed_args(join_resume(words))
+    request, pairs = read_request(args, "svm")
+
+    from transfer.classification.svm import (  # torch: after --help and bad flags
+        SvmConfig,
+        evaluate,
+    )
+
+    config = load_config(SvmConfig, args.config, flags_of(SvmConfig, args), pairs)
+    print(format_metrics(evaluate(config, request)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
