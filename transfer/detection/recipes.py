@@ -177,7 +177,7 @@ def _merge_pairs(cfg: CfgNode, pairs: Sequence[str]) -> None:
 
 
 def _check_keys(cfg: CfgNode, keys: Sequence[str] | Mapping[str, Any], where: str) -> None:
-    known = flatten(cfg)
+    known = dict(_walk(cfg))
     for key in keys:
         if key not in known:
             near = nearest(key, known)
