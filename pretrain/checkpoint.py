@@ -19,7 +19,7 @@ from torch import nn
 
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
-from convert.files import atomic_write, output_folder
+from convert.files import output_folder, write_torch
 from pretrain import distributed
 from pretrain.config import PretrainConfig, as_dict
 
@@ -63,8 +63,7 @@ def save(
         "optimizer": optimizer.state_dict(),
         EXTRA_KEY: {"method": config.method, "step": step, "config": json.dumps(as_dict(config))},
     }
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    write_torch(path, content)
     if config.keep:
         for old in list_checkpoints(folder)[: -config.keep]:
             old.unlink(missing_ok=True)

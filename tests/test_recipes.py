@@ -280,6 +280,15 @@ def test_a_cpu_takes_the_place_of_a_missing_gpu_and_says_so(monkeypatch) -> None
     assert (cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM) == ("cpu", "naiveSyncBN")
 
 
+def test_steps_after_the_end_are_left_out_and_named() -> None:
+    cfg = load_recipe(VOC, ["SOLVER.MAX_ITER", "18000", "MODEL.DEVICE", "cpu"])
+    assert fit_to_machine(cfg, 1) == ["steps: without [18000, 22000], as SOLVER.MAX_ITER is 18000"]
+    assert cfg.SOLVER.STEPS == ()
+    cfg = load_recipe(VOC, ["SOLVER.MAX_ITER", "18001", "MODEL.DEVICE", "cpu"])
+    fit_to_machine(cfg, 1)
+    assert cfg.SOLVER.STEPS == (18000,)
+
+
 def test_a_negative_seed_is_drawn_and_recorded() -> None:
     cfg = load_recipe(VOC, ["SEED", "-1", "MODEL.DEVICE", "cpu"])
     assert fit_to_machine(cfg, 1) == [f"seed: {cfg.SEED} (drawn, as SEED was negative)"]

@@ -120,6 +120,10 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path) -> None:
             "MODEL.WEIGHTS detectron2://x/R-50.pkl",
             "addresses are not fetched here; want a checkpoint's file, or one of moco_v1",
         ),
+        (
+            "MODEL.WEIGHTS detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+            "want a checkpoint's file, or its name msra_resnet50",
+        ),
         ("MODEL.WEIGHTS gone.pth", "MODEL.WEIGHTS gone.pth: no such file"),
         ("MODEL.WEIGHTS garbage.pth", "garbage.pth: cannot be read"),
         ("MODEL.WEIGHTS garbage.pkl", "garbage.pkl: cannot be read"),
@@ -130,6 +134,12 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path) -> None:
         ("--eval-only MODEL.WEIGHTS gone.pth", "detector gone.pth: no such file"),
         ("--eval-only MODEL.WEIGHTS garbage.pth", "garbage.pth: is damaged or no checkpoint"),
         ("RANDOM SEED", "'SEED' has no value"),
+        ("RANDOM --accumulate 4", "found 2 for 1 processes of 4 parts each"),
+        ("RANDOM --accumulate 0", "MOCO.ACCUMULATE: found 0, want 1 or more"),
+        ("RANDOM --checkpoint-every 5h", "'5h': want iterations, as 500, or minutes, as 5m"),
+        ("RANDOM --keep -1", "MOCO.KEEP: found -1, want 0 or more"),
+        ("RANDOM DATALOADER.SAMPLER_TRAIN x", "SAMPLER_TRAIN: found 'x', want TrainingSampler"),
+        ("RANDOM --scale-to-gpus MOCO.REFERENCE_GPUS 8", "2 is no multiple of the 8 GPUs"),
     ],
 )
 def test_what_a_user_can_mend_is_said(tmp_path, monkeypatch, words: str, complaint: str) -> None:
@@ -170,7 +180,7 @@ def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
     assert record["protocol"]["norm"] == "SyncBN"
     names = {file.name for file in (tmp_path / "out").iterdir()}
     kept = {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "detections.png"}
-    assert names == kept | {"results.json"}
+    assert names == kept | {"results.json", "tensorboard"}
     lines = [
         json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()
     ]
@@ -190,7 +200,7 @@ def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
 def test_ctrl_c_saves_and_resume_ends_what_was_begun(tmp_path) -> None:
     words = ["--config", VOC, *TINY, 12, "OUTPUT_DIR", "out"]
     process = start(*words, cwd=tmp_path)
-    checkpoint = tmp_path / "out" / "checkpoint.pth"
+    checkpoint = tmp_path / "out" / "checkpoint_0000002.pth"
     until = time.monotonic() + 300
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
