@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from convert.errors import UserError
 from convert.files import ROOT
 from convert.pixels import CAFFE_PIXELS, IMAGENET_PIXELS
 from transfer.detection import recipes
-from transfer.detection.recipes import add_config, fit_to_machine, flatten, load_recipe, protocol
+from transfer.detection.recipes import (
+    add_config,
+    checkpoint_every,
+    fit_to_machine,
+    flatten,
+    images_at_once,
+    load_recipe,
+    protocol,
+    scale_to_gpus,
+)
 
 CONFIGS = ROOT / "configs"
 BASE = CONFIGS / "Base-RCNN-C4-BN.yaml"  # the reference's, which is no recipe by itself
@@ -268,6 +278,7 @@ def test_the_default_output_is_named_after_recipe_and_weights() -> None:
     assert output("") == "output/detection/voc_R50_C4_24k_moco/random"
     assert output("a/ckpt_0199.pth.tar") == "output/detection/voc_R50_C4_24k_moco/ckpt_0199"
     assert load_recipe(VOC, ["OUTPUT_DIR", "x"]).OUTPUT_DIR == "x"
+    assert load_recipe(VOC, ["OUTPUT_DIR", "2007"]).OUTPUT_DIR == "2007"
 
 
 def test_a_cpu_takes_the_place_of_a_missing_gpu_and_says_so(monkeypatch) -> None:
@@ -305,3 +316,47 @@ def test_a_protocol_is_what_changes_the_number_and_nothing_else() -> None:
     assert of("INPUT.FORMAT", "BGR") != of()
     assert of(processes=2) == of()  # synchronised over all processes
     assert of("MODEL.RESNETS.NORM", "BN", processes=2) != of("MODEL.RESNETS.NORM", "BN")
+
+
+def test_parts_of_a_batch_are_in_the_fingerprint_as_the_images_of_a_norm() -> None:
+    cfg = load_recipe(VOC, ["MOCO.ACCUMULATE", "8"])
+    assert protocol(cfg, 1)["norm_group_images"] == images_at_once(cfg, 1) == 2
+    assert protocol(load_recipe(VOC), 8)["norm_group_images"] == 16
+    plain = ["MODEL.RESNETS.NORM", "BN"]  # one GPU as eight, norm by norm and loss by loss
+    one, eight = load_recipe(VOC, [*plain, "MOCO.ACCUMULATE", "8"]), load_recipe(VOC, plain)
+    assert protocol(one, 1) == protocol(eight, 8)
+    assert protocol(one, 1)["norm_group_images"] == 2
+
+
+def test_the_linear_rule_scales_everything_and_says_old_and_new() -> None:
+    cfg = load_recipe(VOC, ["TEST.EVAL_PERIOD", "1000"])
+    lines = scale_to_gpus(cfg, 2)
+    assert lines[0] == "scaled from 8 GPUs to 2:"
+    assert [line.strip() for line in lines[1:]] == [
+        "SOLVER.BASE_LR: 0.02 -> 0.005",
+        "SOLVER.CHECKPOINT_PERIOD: 5000 -> 20000",
+        "SOLVER.IMS_PER_BATCH: 16 -> 4",
+        "SOLVER.MAX_ITER: 24000 -> 96000",
+        "SOLVER.STEPS: [18000, 22000] -> [72000, 88000]",
+        "SOLVER.WARMUP_ITERS: 100 -> 400",
+        "TEST.EVAL_PERIOD: 1000 -> 4000",
+    ]
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.STEPS) == (4, (72000, 88000))
+    assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 0
+    assert scale_to_gpus(load_recipe(VOC), 8) == ["scaled from 8 GPUs to 8:"]
+
+
+def test_on_a_cpu_every_norm_that_would_refuse_takes_its_stand_in() -> None:
+    cfg = load_recipe(CONFIGS / "coco_R50_FPN_4conv1fc_1x_moco.yaml", ["MODEL.DEVICE", "cpu"])
+    assert fit_to_machine(cfg, 2) == ["norm: naiveSyncBN (SyncBN refuses tensors on a CPU)"]
+    names = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    assert {cfg.MODEL[name].NORM for name in names} == {"naiveSyncBN"}
+
+
+def test_how_often_a_state_is_saved() -> None:
+    def every(*pairs: str) -> tuple[int, float]:
+        return checkpoint_every(load_recipe(VOC, pairs))
+
+    assert every() == (5000, math.inf)
+    assert every("MOCO.CHECKPOINT_EVERY", "200") == (200, math.inf)
+    assert every("MOCO.CHECKPOINT_EVERY", "5m") == (0, 300.0)

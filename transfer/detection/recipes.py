@@ -5,6 +5,7 @@ load in Detectron2 too. Detectron2's own loader runs code that a YAML file names
 unknown key without its file; this one does neither.
 """
 
+import ast
 import logging
 import math
 import os
@@ -260,10 +261,20 @@ def _merge_pairs(cfg: CfgNode, pairs: Sequence[str]) -> None:
     if len(pairs) % 2:
         raise UserError(f"command line: '{pairs[-1]}' has no value; overrides are KEY VALUE pairs")
     _check_keys(cfg, pairs[::2], "command line")
+    defaults = dict(_walk(cfg))
     try:
-        cfg.merge_from_list(list(pairs))
+        for key, word in zip(pairs[::2], pairs[1::2], strict=True):
+            cfg.merge_from_list([key, _quoted(word) if isinstance(defaults[key], str) else word])
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"command line: {error}") from error
+
+
+def _quoted(word: str) -> str:
+    """Keep a word that is wanted as such from being read as a number: 500, or a file named so."""
+    try:
+        return word if isinstance(ast.literal_eval(word), str) else repr(word)
+    except (SyntaxError, ValueError):
+        return word
 
 
 def _check_keys(cfg: CfgNode, keys: Sequence[str] | Mapping[str, Any], where: str) -> None:

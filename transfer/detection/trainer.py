@@ -68,7 +68,7 @@ class Trainer(SimpleTrainer):
         self._data, self._quiet = data, quiet
         self.detector = model
         optimizer = build_optimizer(cfg, model)
-        super().__init__(_parallel(model, cfg), (), optimizer)
+        super().__init__(parallel(model, cfg.MODEL.DEVICE), (), optimizer)
         self.scheduler = build_lr_scheduler(cfg, optimizer)
 
     def train_from(self, state: Mapping[str, Any] | None) -> None:
@@ -187,7 +187,7 @@ class Trainer(SimpleTrainer):
             own.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._measure, eval_after_train=False))
         if comm.is_main_process():
             period = max(1, min(20, cfg.SOLVER.MAX_ITER // 50))
-            _forget_lines(folder / METRICS_FILE, start)
+            forget_lines(folder / METRICS_FILE, start)
             writers = [
                 JSONWriter(str(folder / METRICS_FILE), window_size=period),
                 TensorboardXWriter(str(folder / TENSORBOARD_FOLDER), period, purge_step=start),
@@ -300,7 +300,7 @@ def peak_bytes() -> float:
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
 
 
-def _forget_lines(file: Path, start: int) -> None:
+def forget_lines(file: Path, start: int) -> None:
     """Take the lines off a log that a killed run wrote after its last checkpoint."""
     if not file.exists():
         return
@@ -314,9 +314,9 @@ def _forget_lines(file: Path, start: int) -> None:
     write_text(file, "".join(kept))
 
 
-def _parallel(model: nn.Module, cfg: CfgNode) -> nn.Module:
+def parallel(model: nn.Module, device: str) -> nn.Module:
     """Wrap a model for several processes; on a CPU too, where Detectron2's own wrap fails."""
     if comm.get_world_size() == 1:
         return model
-    devices = None if cfg.MODEL.DEVICE == "cpu" else [comm.get_local_rank()]
+    devices = None if device == "cpu" else [comm.get_local_rank()]
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
