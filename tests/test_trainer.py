@@ -18,7 +18,6 @@ pytest.importorskip("detectron2")
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
@@ -76,6 +75,18 @@ def test_losses_are_those_of_detectron2s_plain_loop(tmp_path) -> None:
     ours.train_from(None)
     found = logged(tmp_path, "total_loss")
     assert [found[i] for i in range(20)] == pytest.approx(plain_losses(cfg, 20), abs=1e-5)
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """Read the first six images of every set: what is measured here are not the numbers."""
+    real = datasets.load
+
+    def load_few(*words: Any, **more: Any) -> datasets.Loaded:
+        whole = real(*words, **more)
+        return dataclasses.replace(whole, dicts=whole.dicts[:6])
+
+    monkeypatch.setattr(datasets, "load", load_few)
 
 
 def run(folder: Path, *words: object) -> Path:
@@ -254,3 +265,35 @@ def test_channels_last_changes_how_weights_lie_and_not_what_they_give(tmp_path) 
         ours.train_from(None)
         found.append(list(logged(tmp_path / switch, "total_loss").values()))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metrics"),
+    [
+        ("voc_R50_C4_24k_random", ["voc07/AP"]),
+        ("coco_R50_C4_1x_random", ["coco/box_AP", "coco/mask_AP"]),
+        ("coco_R50_FPN_1x_random", ["coco/box_AP", "coco/mask_AP"]),
+        ("coco_R50_FPN_4conv1fc_1x_random", ["coco/box_AP", "coco/mask_AP"]),
+    ],
+)
+def test_every_architecture_trains_and_is_measured(tmp_path, few, recipe: str, metrics) -> None:
+    data = "voc_trainval voc_test" if recipe.startswith("voc") else "coco_train coco_val"
+    train, test = (f"('embedded_{name}',)" for name in data.split())
+    words = [
+        *(
+            "--config",
+            ROOT / "configs" / f"{recipe}.yaml",
+            "--quiet",
+            "OUTPUT_DIR",
+            tmp_path / "out",
+        ),
+        *("MODEL.DEVICE", "cpu", *NARROW, "DATASETS.TRAIN", train, "DATASETS.TEST", test),
+        *("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2, "MODEL.ROI_HEADS.NUM_CLASSES", 1),
+        *("DATALOADER.NUM_WORKERS", 0, "MODEL.ROI_BOX_HEAD.FC_DIM", 32),
+        *("MODEL.ROI_BOX_HEAD.CONV_DIM", 32, "MODEL.FPN.OUT_CHANNELS", 32),
+        *("MODEL.ROI_MASK_HEAD.CONV_DIM", 32),
+    ]
+    assert train_net.main([str(word) for word in words]) == 0
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(metrics) <= record["metrics"].keys()
+    assert len(logged(tmp_path / "out", "total_loss")) == 2
