@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -67,6 +68,37 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, keys in the order given."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Write a file of torch.save atomically.
+
+    Raises:
+        UserError: as `atomic_write`; torch itself would not say that the disk is full.
+    """
+    import torch
+
+    with atomic_write(path) as temporary, _Watched(io.FileIO(temporary, "wb")) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError:
+            if file.failure is not None:
+                raise file.failure from None
+            raise
+
+
+class _Watched(io.BufferedWriter):
+    """A file to write to that remembers why it could not be written."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write some bytes."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 def output_folder(path: Path) -> Path:

@@ -19,7 +19,7 @@ from torch import nn
 
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
-from convert.files import atomic_write, output_folder, write_json
+from convert.files import output_folder, write_json, write_torch
 from pretrain import distributed
 from pretrain.config import PretrainConfig, as_dict
 from pretrain.contrast import Contrast
@@ -78,15 +78,10 @@ def save(
         },
     }
     try:
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:
-        # Torch hides what the system said, as of a full disk, behind an error of its own.
-        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
-        reason = cause.strerror if cause else str(error).splitlines()[0][:120]
+        write_torch(path, content)
+    except UserError as error:
         raise UserError(
-            f"{path}: cannot be written ({reason}); the checkpoints before it stay; make room, "
-            "then go on with --resume auto"
+            f"{error}; the checkpoints before it stay; make room, then go on with --resume auto"
         ) from error
     if config.keep:
         # A run that was resumed from an earlier file has later ones, which it will write again.

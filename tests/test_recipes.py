@@ -1,22 +1,55 @@
+import math
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("detectron2")
 
+import detectron2
 from detectron2.config import get_cfg
 
+from convert import released
 from convert.errors import UserError
 from convert.files import ROOT
-from convert.pixels import IMAGENET_PIXELS
+from convert.pixels import CAFFE_PIXELS, IMAGENET_PIXELS
 from transfer.detection import recipes
-from transfer.detection.recipes import add_config, fit_to_machine, flatten, load_recipe, protocol
+from transfer.detection.recipes import (
+    add_config,
+    checkpoint_every,
+    fit_to_machine,
+    flatten,
+    images_at_once,
+    load_recipe,
+    protocol,
+    scale_to_gpus,
+)
 
 CONFIGS = ROOT / "configs"
-RECIPES = sorted(CONFIGS.glob("*.yaml"))
+BASE = CONFIGS / "Base-RCNN-C4-BN.yaml"  # the reference's, which is no recipe by itself
+RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - {BASE})
 PARTS = sorted((CONFIGS / "parts").glob("*.yaml"))
 VOC = CONFIGS / "voc_R50_C4_24k_moco.yaml"
 COCO = CONFIGS / "coco_R50_C4_1x_moco.yaml"
+# The reference's names -> ours.
+REFERENCE = {
+    "pascal_voc_R_50_C4_24k": "voc_R50_C4_24k_supervised",
+    "pascal_voc_R_50_C4_24k_moco": "voc_R50_C4_24k_moco",
+    "coco_R_50_C4_2x": "coco_R50_C4_2x_supervised",
+    "coco_R_50_C4_2x_moco": "coco_R50_C4_2x_moco",
+}
+TASKS = {
+    "voc_R50_C4_24k": (24000, [18000, 22000]),
+    "voc_R50_C4_9k": (9000, [6750, 8250]),
+    "coco_R50_C4_1x": (90000, [60000, 80000]),
+    "coco_R50_C4_2x": (180000, [120000, 160000]),
+    "coco_R50_FPN_1x": (90000, [60000, 80000]),
+    "coco_R50_FPN_2x": (180000, [120000, 160000]),
+    "coco_R50_FPN_6x": (540000, [480000, 520000]),
+    "coco_R50_FPN_4conv1fc_1x": (90000, [60000, 80000]),
+}
+STARTS = ("moco", "supervised", "random")
+MSRA = CAFFE_PIXELS.detectron2() | {"MODEL.RESNETS.STRIDE_IN_1X1": True}
+TORCHVISION = IMAGENET_PIXELS.detectron2() | {"MODEL.RESNETS.STRIDE_IN_1X1": False}
 
 # The reference's settings, and the papers'.
 PUBLISHED = {
@@ -53,6 +86,27 @@ PUBLISHED_VOC = PUBLISHED | {
     "SOLVER.MAX_ITER": 24000,
     "SOLVER.WARMUP_ITERS": 100,
 }
+_FPN = {
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.FPN.NORM": "SyncBN",
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 2000,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 1000,
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 0,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+    "MODEL.ROI_BOX_HEAD.NORM": "",
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 4,
+    "MODEL.ROI_MASK_HEAD.NORM": "",
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
+}
+_4CONV1FC = {
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+    "MODEL.ROI_BOX_HEAD.NORM": "SyncBN",
+    "MODEL.ROI_MASK_HEAD.NORM": "SyncBN",
+}
 PUBLISHED_COCO = PUBLISHED | {
     "MODEL.MASK_ON": True,
     "MODEL.ROI_HEADS.NUM_CLASSES": 80,
@@ -80,10 +134,54 @@ def test_a_shipped_recipe_means_to_us_what_it_means_to_detectron2(file: Path) ->
     assert ours | {"OUTPUT_DIR": "./output"} == flatten(theirs)
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_a_moco_recipe_starts_from_the_last_conversion(file: Path) -> None:
-    assert file.stem.endswith("_moco")
-    assert load_recipe(file).MODEL.WEIGHTS == "output/weights.pkl"
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_recipe_of_the_three_starts_that_differ_in_nothing_else(
+    task: str, start: str
+) -> None:
+    recipe = flatten(load_recipe(CONFIGS / f"{task}_{start}.yaml"))
+    moco = flatten(load_recipe(CONFIGS / f"{task}_moco.yaml"))
+    length, steps = TASKS[task]
+    assert (recipe["SOLVER.MAX_ITER"], recipe["SOLVER.STEPS"]) == (length, steps)
+    weights = {"moco": "output/weights.pkl", "supervised": "msra_resnet50", "random": ""}[start]
+    fits = MSRA if start == "supervised" else TORCHVISION
+    wanted = fits | {"MODEL.WEIGHTS": weights, "OUTPUT_DIR": recipe["OUTPUT_DIR"]}
+    assert recipe == moco | wanted
+
+
+def test_the_papers_norms_are_trained_and_synchronised_whatever_the_start() -> None:
+    for file in (f for f in RECIPES if "embedded" not in f.stem):
+        found = flatten(load_recipe(file))
+        norm = "naiveSyncBN" if file.stem.endswith("naiveSyncBN") else "SyncBN"
+        assert found["MODEL.RESNETS.NORM"] == norm
+        assert found["MODEL.BACKBONE.FREEZE_AT"] == 0
+        assert found["TEST.PRECISE_BN.ENABLED"]
+
+
+def test_supervised_weights_are_asked_for_by_a_name_that_is_known() -> None:
+    cfg = load_recipe(CONFIGS / "coco_R50_C4_1x_supervised.yaml")
+    release = released.find(cfg.MODEL.WEIGHTS)
+    assert release is not None
+    assert release.pixels == CAFFE_PIXELS
+    assert release.stride_in_1x1
+
+
+@pytest.mark.parametrize("theirs", REFERENCE)
+def test_a_name_of_the_reference_means_our_recipe(theirs: str) -> None:
+    pair = ["OUTPUT_DIR", "x"]
+    ours = load_recipe(CONFIGS / f"{REFERENCE[theirs]}.yaml", pair)
+    assert load_recipe(CONFIGS / f"{theirs}.yaml", pair) == ours
+    text = (CONFIGS / f"{theirs}.yaml").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line[0] != "#"] == [
+        f'_BASE_: "{REFERENCE[theirs]}.yaml"'
+    ]
+
+
+def test_the_references_base_is_a_base_for_files_of_ones_own(tmp_path: Path) -> None:
+    file = written(tmp_path, f"_BASE_: {BASE}\nDATASETS: {{TEST: [voc_2007_test]}}\n")
+    found = flatten(load_recipe(file))
+    wanted = {k: v for k, v in PUBLISHED.items() if not k.startswith("INPUT.M")} | MSRA
+    assert {key: found[key] for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("file", PARTS, ids=lambda file: file.stem)
@@ -92,17 +190,44 @@ def test_a_part_has_no_base_that_would_undo_the_part_before_it(file: Path) -> No
     assert not [line for line in lines if line.startswith("_BASE_")]
 
 
-@pytest.mark.parametrize(("file", "wanted"), [(VOC, PUBLISHED_VOC), (COCO, PUBLISHED_COCO)])
-def test_the_published_settings_are_these(file: Path, wanted: dict[str, object]) -> None:
-    found = flatten(load_recipe(file))
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("voc_R50_C4_24k_moco", PUBLISHED_VOC),
+        ("coco_R50_C4_1x_moco", PUBLISHED_COCO),
+        ("coco_R50_FPN_1x_moco", PUBLISHED_COCO | _FPN),
+        ("coco_R50_FPN_4conv1fc_1x_moco", PUBLISHED_COCO | _FPN | _4CONV1FC),
+    ],
+)
+def test_the_published_settings_are_these(name: str, wanted: dict[str, object]) -> None:
+    found = flatten(load_recipe(CONFIGS / f"{name}.yaml"))
     assert {key: found[key] for key in wanted} == wanted
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_pixels_are_those_of_the_converter_in_every_recipe(file: Path) -> None:
-    found = flatten(load_recipe(file))
-    wanted = IMAGENET_PIXELS.detectron2()
-    assert {key: found[key] for key in wanted} == wanted
+def test_fpn_is_detectron2s_own_but_for_the_papers_norms() -> None:
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    theirs = get_cfg()
+    theirs.merge_from_file(str(zoo / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_1x.yaml"))
+    ours = load_recipe(CONFIGS / "coco_R50_FPN_1x_supervised.yaml")
+    before, now = flatten(theirs), flatten(ours)
+    assert {key for key in before if before[key] != now[key]} == {
+        *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
+        *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
+    }
+
+
+def test_a_header_says_what_a_reader_needs() -> None:
+    for file in RECIPES:
+        if file.stem in REFERENCE:
+            continue
+        head = [x for x in file.read_text(encoding="utf-8").splitlines() if x.startswith("#")]
+        for word in (
+            f"#   command    python transfer/train_net.py --config configs/{file.name}",
+            "#   expect     ",
+            "#   hardware   ",
+            "#   stands for ",
+        ):
+            assert [line for line in head if line.startswith(word)], f"{file.name}: {word}"
 
 
 def test_an_unknown_key_is_blamed_on_its_file_with_the_nearest_ones(tmp_path: Path) -> None:
@@ -153,6 +278,7 @@ def test_the_default_output_is_named_after_recipe_and_weights() -> None:
     assert output("") == "output/detection/voc_R50_C4_24k_moco/random"
     assert output("a/ckpt_0199.pth.tar") == "output/detection/voc_R50_C4_24k_moco/ckpt_0199"
     assert load_recipe(VOC, ["OUTPUT_DIR", "x"]).OUTPUT_DIR == "x"
+    assert load_recipe(VOC, ["OUTPUT_DIR", "2007"]).OUTPUT_DIR == "2007"
 
 
 def test_a_cpu_takes_the_place_of_a_missing_gpu_and_says_so(monkeypatch) -> None:
@@ -163,6 +289,15 @@ def test_a_cpu_takes_the_place_of_a_missing_gpu_and_says_so(monkeypatch) -> None
         "norm: naiveSyncBN (SyncBN refuses tensors on a CPU)",
     ]
     assert (cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM) == ("cpu", "naiveSyncBN")
+
+
+def test_steps_after_the_end_are_left_out_and_named() -> None:
+    cfg = load_recipe(VOC, ["SOLVER.MAX_ITER", "18000", "MODEL.DEVICE", "cpu"])
+    assert fit_to_machine(cfg, 1) == ["steps: without [18000, 22000], as SOLVER.MAX_ITER is 18000"]
+    assert cfg.SOLVER.STEPS == ()
+    cfg = load_recipe(VOC, ["SOLVER.MAX_ITER", "18001", "MODEL.DEVICE", "cpu"])
+    fit_to_machine(cfg, 1)
+    assert cfg.SOLVER.STEPS == (18000,)
 
 
 def test_a_negative_seed_is_drawn_and_recorded() -> None:
@@ -181,3 +316,47 @@ def test_a_protocol_is_what_changes_the_number_and_nothing_else() -> None:
     assert of("INPUT.FORMAT", "BGR") != of()
     assert of(processes=2) == of()  # synchronised over all processes
     assert of("MODEL.RESNETS.NORM", "BN", processes=2) != of("MODEL.RESNETS.NORM", "BN")
+
+
+def test_parts_of_a_batch_are_in_the_fingerprint_as_the_images_of_a_norm() -> None:
+    cfg = load_recipe(VOC, ["MOCO.ACCUMULATE", "8"])
+    assert protocol(cfg, 1)["norm_group_images"] == images_at_once(cfg, 1) == 2
+    assert protocol(load_recipe(VOC), 8)["norm_group_images"] == 16
+    plain = ["MODEL.RESNETS.NORM", "BN"]  # one GPU as eight, norm by norm and loss by loss
+    one, eight = load_recipe(VOC, [*plain, "MOCO.ACCUMULATE", "8"]), load_recipe(VOC, plain)
+    assert protocol(one, 1) == protocol(eight, 8)
+    assert protocol(one, 1)["norm_group_images"] == 2
+
+
+def test_the_linear_rule_scales_everything_and_says_old_and_new() -> None:
+    cfg = load_recipe(VOC, ["TEST.EVAL_PERIOD", "1000"])
+    lines = scale_to_gpus(cfg, 2)
+    assert lines[0] == "scaled from 8 GPUs to 2:"
+    assert [line.strip() for line in lines[1:]] == [
+        "SOLVER.BASE_LR: 0.02 -> 0.005",
+        "SOLVER.CHECKPOINT_PERIOD: 5000 -> 20000",
+        "SOLVER.IMS_PER_BATCH: 16 -> 4",
+        "SOLVER.MAX_ITER: 24000 -> 96000",
+        "SOLVER.STEPS: [18000, 22000] -> [72000, 88000]",
+        "SOLVER.WARMUP_ITERS: 100 -> 400",
+        "TEST.EVAL_PERIOD: 1000 -> 4000",
+    ]
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.STEPS) == (4, (72000, 88000))
+    assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 0
+    assert scale_to_gpus(load_recipe(VOC), 8) == ["scaled from 8 GPUs to 8:"]
+
+
+def test_on_a_cpu_every_norm_that_would_refuse_takes_its_stand_in() -> None:
+    cfg = load_recipe(CONFIGS / "coco_R50_FPN_4conv1fc_1x_moco.yaml", ["MODEL.DEVICE", "cpu"])
+    assert fit_to_machine(cfg, 2) == ["norm: naiveSyncBN (SyncBN refuses tensors on a CPU)"]
+    names = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    assert {cfg.MODEL[name].NORM for name in names} == {"naiveSyncBN"}
+
+
+def test_how_often_a_state_is_saved() -> None:
+    def every(*pairs: str) -> tuple[int, float]:
+        return checkpoint_every(load_recipe(VOC, pairs))
+
+    assert every() == (5000, math.inf)
+    assert every("MOCO.CHECKPOINT_EVERY", "200") == (200, math.inf)
+    assert every("MOCO.CHECKPOINT_EVERY", "5m") == (0, 300.0)

@@ -18,6 +18,7 @@ from transfer import train_net
 
 SCRIPT = ROOT / "transfer" / "train_net.py"
 VOC = ROOT / "configs" / "embedded_voc_R50_C4_moco.yaml"
+SHARED = ROOT.parent / "shared" / "data"  # small photo sets beside the checkout; not ours to commit
 COCO = ROOT / "configs" / "embedded_coco_R50_C4_moco.yaml"
 # The embedded recipe at a size that shows the road and finds nothing.
 TINY = [
@@ -44,9 +45,11 @@ def start(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str
     )
 
 
-def run(*words: object, cwd: Path, status: int = 0, **environment: str) -> tuple[str, str]:
+def run(
+    *words: object, cwd: Path, status: int = 0, timeout_s: float = 500, **environment: str
+) -> tuple[str, str]:
     process = start(*words, cwd=cwd, **environment)
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=timeout_s)
     assert process.returncode == status, out + err
     assert "Traceback" not in err
     return out, err
@@ -121,6 +124,10 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path) -> None:
             "MODEL.WEIGHTS detectron2://x/R-50.pkl",
             "addresses are not fetched here; want a checkpoint's file, or one of moco_v1",
         ),
+        (
+            "MODEL.WEIGHTS detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+            "want a checkpoint's file, or its name msra_resnet50",
+        ),
         ("MODEL.WEIGHTS gone.pth", "MODEL.WEIGHTS gone.pth: no such file"),
         ("MODEL.WEIGHTS garbage.pth", "garbage.pth: cannot be read"),
         ("MODEL.WEIGHTS garbage.pkl", "garbage.pkl: cannot be read"),
@@ -147,6 +154,12 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path) -> None:
             "RANDOM --train-data VOC:all --test-data VOC:few MODEL.ROI_HEADS.NUM_CLASSES 20",
             "NUM_CLASSES: found 20, the data have 2 (cat, dog); leave it out",
         ),
+        ("RANDOM --accumulate 4", "found 2 for 1 processes of 4 parts each"),
+        ("RANDOM --accumulate 0", "MOCO.ACCUMULATE: found 0, want 1 or more"),
+        ("RANDOM --checkpoint-every 5h", "'5h': want iterations, as 500, or minutes, as 5m"),
+        ("RANDOM --keep -1", "MOCO.KEEP: found -1, want 0 or more"),
+        ("RANDOM DATALOADER.SAMPLER_TRAIN x", "SAMPLER_TRAIN: found 'x', want TrainingSampler"),
+        ("RANDOM --scale-to-gpus MOCO.REFERENCE_GPUS 8", "2 is no multiple of the 8 GPUs"),
     ],
 )
 def test_what_a_user_can_mend_is_said(tmp_path, monkeypatch, words: str, complaint: str) -> None:
@@ -240,7 +253,7 @@ def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
     assert record["protocol"]["norm"] == "SyncBN"
     names = {file.name for file in (tmp_path / "out").iterdir()}
     kept = {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "detections.png"}
-    assert names == kept | {"results.json", "curves.png"}
+    assert names == kept | {"results.json", "curves.png", "tensorboard"}
     assert list(record["details"]["per_class"]["coco/mask_AP50"]) == ["digit"]
     lines = [
         json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()
@@ -279,7 +292,7 @@ def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
 def test_ctrl_c_saves_and_resume_ends_what_was_begun(tmp_path) -> None:
     words = ["--config", VOC, *TINY, 12, "OUTPUT_DIR", "out"]
     process = start(*words, cwd=tmp_path)
-    checkpoint = tmp_path / "out" / "checkpoint.pth"
+    checkpoint = tmp_path / "out" / "checkpoint_0000002.pth"
     until = time.monotonic() + 300
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
@@ -305,3 +318,47 @@ def test_ctrl_c_saves_and_resume_ends_what_was_begun(tmp_path) -> None:
     again, _ = run(*words, "--resume", cwd=tmp_path)
     assert "finished before" in again
     assert again.splitlines()[-1] == out.splitlines()[-1]
+
+
+def small_coco(folder: Path, images: int) -> Path:
+    """Arrange the small set as Detectron2 wants COCO, with so many images to evaluate on."""
+    annotations = folder / "coco" / "annotations"
+    annotations.mkdir(parents=True)
+    small = SHARED / "coco_mini"
+    for split in ("train2017", "val2017"):
+        (folder / "coco" / split).symlink_to(small / split)
+    train = "instances_train2017.json"
+    (annotations / train).symlink_to(small / "annotations" / train)
+    val = json.loads((small / "annotations" / "instances_val2017.json").read_text())
+    val["images"] = val["images"][:images]
+    kept = {image["id"] for image in val["images"]}
+    val["annotations"] = [a for a in val["annotations"] if a["image_id"] in kept]
+    (annotations / "instances_val2017.json").write_text(json.dumps(val))
+    return folder
+
+
+@needs_detectron2
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the folder of small photo sets")
+def test_the_readmes_pipeline_runs_at_the_published_size(tmp_path, moco_v2_file) -> None:
+    convert = [sys.executable, ROOT / "convert" / "to_detectron2.py", moco_v2_file]
+    done = subprocess.run(convert, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    out, _ = run(
+        *("--config", ROOT / "configs" / "coco_R50_C4_1x_moco.yaml", "--device", "cpu"),
+        *("SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 2, "TEST.PRECISE_BN.NUM_ITER", 2),
+        cwd=tmp_path,
+        timeout_s=3000,
+        DETECTRON2_DATASETS=str(small_coco(tmp_path / "datasets", 4)),
+    )
+    assert "MoCo v2, epoch 200, checkpoint_0199.pth.tar" in out
+    assert "265 of 265 backbone tensors landed" in out
+    assert "2 iterations of 1 images, LR 0.02 after 1000 of warm-up" in out
+    (file,) = tmp_path.glob("output/detection/coco_R50_C4_1x_moco/*/results.json")
+    record = json.loads(file.read_text())
+    assert record["data"]["test"]["images"] == 4
+    assert {"coco/box_AP", "coco/mask_AP"} <= record["metrics"].keys()
+    changed = {"SOLVER.IMS_PER_BATCH": 1, "SOLVER.MAX_ITER": 2, "SOLVER.STEPS": []}
+    assert record["protocol"] | changed == record["protocol"]
+    assert record["protocol"]["INPUT.MIN_SIZE_TRAIN"] == [640, 672, 704, 736, 768, 800]

@@ -8,6 +8,8 @@ examples:
   python transfer/train_net.py --config X.yaml --train-data MYVOC:trainval --test-data MYVOC:test
   python transfer/train_net.py --config X.yaml --check-data          read all data, train nothing
   python transfer/train_net.py --config X.yaml --resume OUTPUT_DIR out        go on with a run
+  python transfer/train_net.py --config X.yaml --num-gpus 2 --scale-to-gpus   by the linear rule
+  python transfer/train_net.py --config X.yaml --accumulate 8                 one GPU as eight
   python transfer/train_net.py --config X.yaml --eval-only MODEL.WEIGHTS out/model_final.pth
 
 Trailing KEY VALUE pairs override the recipe. COCO and VOC are found below $DETECTRON2_DATASETS.
@@ -37,6 +39,9 @@ KEYS = {
     "test_data": "DATASETS.TEST",
     "train_fraction": "MOCO.TRAIN_FRACTION",
     "split_seed": "MOCO.SPLIT_SEED",
+    "accumulate": "MOCO.ACCUMULATE",
+    "checkpoint_every": "MOCO.CHECKPOINT_EVERY",
+    "keep": "MOCO.KEEP",
 }
 
 
@@ -68,6 +73,10 @@ def parser() -> Parser:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--workers", metavar="N", help="processes that read images")
     add("--precision", choices=("fp32", "bf16"), help="default: the recipe's, which is fp32")
+    add("--scale-to-gpus", action="store_true", help="batch, LR and schedule by the linear rule")
+    add("--accumulate", metavar="N", help="take a batch in N parts: batch, LR, schedule stay")
+    add("--checkpoint-every", metavar="N|Nm", help="iterations, or minutes as 5m")
+    add("--keep", metavar="N", help="checkpoints to keep, 0: all (default: 1, till the end)")
     add("opts", nargs="*", metavar="KEY VALUE", help="override the recipe")
     return words
 
@@ -102,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         quiet=args.quiet,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
+        scale_to_gpus=args.scale_to_gpus,
     )
     return detection_job.launch(
         job,

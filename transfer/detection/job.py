@@ -6,11 +6,15 @@ written before the last of these.
 
 import json
 import logging
+import multiprocessing
+import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,21 +27,19 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from convert import released
-from convert.errors import UserError
+from convert.errors import Stopped, UserError
 from convert.facts import EXTRA_KEY
 from convert.files import output_folder, write_text
-from transfer.detection import data_check, datasets, memory, recipes
+from transfer.detection import checkpoint, data_check, datasets, memory, recipes
 from transfer.detection.album import take_pictures
 from transfer.detection.evaluation import SCORE, Outcome, check_measurable, evaluate, find_task
 from transfer.detection.pictures import draw_curves, draw_detections
 from transfer.detection.trainer import METRICS_FILE, Trainer
 from transfer.detection.weights import (
-    CHECKPOINT_FILE,
     FINAL_FILE,
     build_detector,
     fill_backbone,
     load_detector,
-    read_torch,
     start_facts,
 )
 from transfer.results import FILE_NAME, format_metrics, write_results
@@ -45,6 +47,7 @@ from transfer.results import FILE_NAME, format_metrics, write_results
 CONFIG_FILE = "config.yaml"
 PICTURE_FILE = "detections.png"
 CURVES_FILE = "curves.png"
+STOPPED = 128  # a process that a signal ended, after saving, exits with this and its number
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Job:
 
     Attributes:
         cfg: the recipe, fitted to the machine.
-        resume: go on from this checkpoint if it exists; None: a new run.
+        resume: go on from this checkpoint, or from the run's newest (`auto`); None: a new run.
         eval_only: measure a trained detector, train nothing.
         quiet: print results and errors only.
         processes: how many train together, over all machines.
@@ -61,7 +64,7 @@ class Job:
     """
 
     cfg: CfgNode
-    resume: Path | None = None
+    resume: str | None = None
     eval_only: bool = False
     quiet: bool = False
     processes: int = 1
@@ -86,6 +89,7 @@ def prepare(
     quiet: bool,
     num_gpus: int,
     num_machines: int,
+    scale_to_gpus: bool = False,
 ) -> Job:
     """Check everything that can be checked in a second, and say what will be done.
 
@@ -94,21 +98,14 @@ def prepare(
             not divide over the processes.
     """
     processes = num_gpus * num_machines
-    if processes < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH: found {cfg.SOLVER.IMS_PER_BATCH} for {processes} processes, "
-            "want a multiple of them"
-        )
-    said = recipes.fit_to_machine(cfg, processes)
+    said = recipes.scale_to_gpus(cfg, processes) if scale_to_gpus else []
+    recipes.images_at_once(cfg, processes)
+    said += recipes.fit_to_machine(cfg, processes)
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus: found {torch.cuda.device_count()} devices, want {num_gpus}")
-    folder = Path(cfg.OUTPUT_DIR)
-    wanted = None
-    if resume is not None:
-        wanted = folder / CHECKPOINT_FILE if resume == "auto" else Path(resume)
-        if resume != "auto" and not wanted.is_file():
-            raise UserError(f"--resume {wanted}: no such checkpoint; without it the last is taken")
-    job = Job(cfg, wanted, eval_only, quiet, processes, num_gpus)
+    if resume not in (None, checkpoint.AUTO) and not Path(str(resume)).is_file():
+        raise UserError(f"--resume {resume}: no such checkpoint; without it the last is taken")
+    job = Job(cfg, resume, eval_only, quiet, processes, num_gpus)
     for line in said:
         job.say(line)
     names = cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
@@ -120,9 +117,16 @@ def prepare(
 
 
 def launch(job: Job, *, num_machines: int, machine_rank: int, dist_url: str) -> int:
-    """Run a job in as many processes as it asks for and return the exit status."""
+    """Run a job in as many processes as it asks for and return the exit status.
+
+    Raises:
+        Stopped: a signal came, and the processes have ended after saving.
+    """
     # Says which process it ends when another has failed: the line of the failure is enough.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    if job.local_processes > 1:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, _pass_on)
     try:
         launch_processes(
             _work_or_say,
@@ -133,8 +137,20 @@ def launch(job: Job, *, num_machines: int, machine_rank: int, dist_url: str) -> 
             args=(job,),
         )
     except ProcessExitedException as error:
-        return int(error.exit_code)
+        status = int(error.exit_code)
+        if status < 0:  # ended by a signal, before it could be heard
+            raise Stopped(-status) from error
+        if status > STOPPED:
+            raise Stopped(status - STOPPED) from error
+        return status
     return 0
+
+
+def _pass_on(signum: int, frame: FrameType | None) -> None:
+    """Let the processes of a job, which have something to save, end first."""
+    for process in multiprocessing.active_children():
+        if process.pid is not None:
+            os.kill(process.pid, signum)
 
 
 def _work_or_say(job: Job) -> None:
@@ -144,6 +160,8 @@ def _work_or_say(job: Job) -> None:
         return
     try:
         work(job)
+    except Stopped as stop:
+        sys.exit(stop.status)
     except UserError as error:
         if not comm.is_main_process():
             time.sleep(5)  # the main process says it, if it has failed too, and ends this one
@@ -204,7 +222,8 @@ def work(job: Job) -> None:
             details=outcome.details,
             started=started,
         )
-        (job.output / CHECKPOINT_FILE).unlink(missing_ok=True)
+        if cfg.MOCO.KEEP == 1:  # more are kept for their own sake
+            checkpoint.forget_states(job.output)
         _say_results(job, record)
 
 
@@ -225,7 +244,7 @@ def _train(job: Job, train: datasets.Loaded) -> tuple[nn.Module, dict[str, Any]]
     trainer.train_from(state)
     trainer.recompute_statistics()
     if comm.is_main_process():
-        trainer.save(job.output / FINAL_FILE, whole=False)
+        trainer.save(job.output / FINAL_FILE)
     return model, facts
 
 
@@ -292,9 +311,11 @@ def _missing_weights(job: Job) -> list[str]:
     if not weights or Path(weights).is_file() or released.find(weights):
         return []
     if "://" in weights:
+        tail = f"/{weights.partition('://')[2]}"
+        known = [release.name for release in released.RELEASES if release.address.endswith(tail)]
         raise UserError(
             f"MODEL.WEIGHTS {weights}: addresses are not fetched here; want a checkpoint's file, "
-            f"or one of {', '.join(released.names())}"
+            f"or {'its name' if known else 'one of'} {', '.join(known or released.names())}"
         )
     return [
         f"MODEL.WEIGHTS {weights}: no such file; make it with python convert/to_detectron2.py "
@@ -309,8 +330,9 @@ def _detector_file(job: Job) -> Path:
 
 def _check_folder(job: Job) -> None:
     """Refuse a folder that another run has written to."""
-    files = (CONFIG_FILE, CHECKPOINT_FILE, FINAL_FILE, FILE_NAME)
+    files = (CONFIG_FILE, FINAL_FILE, FILE_NAME)
     kept = [file for file in files if (job.output / file).exists()]
+    kept += [path.name for path in checkpoint.list_states(job.output)]
     if kept and job.resume is None:
         raise UserError(
             f"output folder {job.output}: holds another run ({kept[0]}); go on with it by --resume,"
@@ -361,12 +383,19 @@ def _describe(facts: Mapping[str, Any]) -> str:
 
 def _resume_state(job: Job, facts: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the checkpoint to go on from, if there is one and it is of this very run."""
-    if job.resume is None or not job.resume.exists():
+    if job.resume is None:
         return None
-    state = read_torch(job.resume)
-    if not {"model", "trainer", "next_iteration", EXTRA_KEY} <= state.keys():
-        raise UserError(f"{job.resume}: is not a run's {CHECKPOINT_FILE}; --resume wants one")
-    _check_same_start(state[EXTRA_KEY]["facts"], facts, job.resume)
+    state = checkpoint.read_state(job.resume, job.output, job.say)
+    if state is None:
+        return None
+    where = Path(job.resume) if job.resume != checkpoint.AUTO else job.output
+    _check_same_start(state[EXTRA_KEY]["facts"], facts, where)
+    now = job.processes * job.cfg.MOCO.ACCUMULATE
+    if state["streams"] != now:
+        raise UserError(
+            f"{where}: its run took a batch in {state['streams']} parts (processes times "
+            f"MOCO.ACCUMULATE), now {now}; choose them so that it is {state['streams']} again"
+        )
     return state
 
 
@@ -379,18 +408,23 @@ def _check_same_start(before: Mapping[str, Any], now: Mapping[str, Any], where: 
 
 
 def _plan(cfg: CfgNode, data: datasets.Loaded, job: Job, state: Mapping[str, Any] | None) -> str:
-    """Say in a line what will be trained."""
+    """Say in two lines what will be trained, and how."""
     start = "" if state is None else f" from {state['next_iteration']} on"
-    norm = recipes.protocol(cfg, job.processes)
-    parts = (
+    protocol = recipes.protocol(cfg, job.processes)
+    at_once, parts = recipes.images_at_once(cfg, job.processes), cfg.MOCO.ACCUMULATE
+    what = (
         f"training: {', '.join(data.names)} ({len(data.dicts)} images)",
         f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images{start}",
-        f"LR {cfg.SOLVER.BASE_LR}",
-        f"{job.processes} x {cfg.MODEL.DEVICE} {cfg.MOCO.PRECISION}",
-        f"{norm['norm']} over {norm['norm_group_images']} images",
-        str(norm["detectron2"]),
+        f"LR {cfg.SOLVER.BASE_LR:g} after {cfg.SOLVER.WARMUP_ITERS} of warm-up",
+        f"x {cfg.SOLVER.GAMMA:g} at {', '.join(map(str, cfg.SOLVER.STEPS))}",
     )
-    return ", ".join(parts)
+    how = (
+        f"on: {job.processes} x {cfg.MODEL.DEVICE} {cfg.MOCO.PRECISION}",
+        f"{at_once} images each at once" + (f", {parts} times an iteration" if parts > 1 else ""),
+        f"{protocol['norm']} over {protocol['norm_group_images']} images",
+        str(protocol["detectron2"]),
+    )
+    return f"{', '.join(what)}\n{', '.join(how)}"
 
 
 def _begin_logs(job: Job) -> None:

@@ -28,6 +28,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from convert.errors import UserError
+from transfer.detection.recipes import images_at_once
 
 GIB = 2**30
 BYTES_A_PIXEL = 2300.0
@@ -65,14 +66,15 @@ def check(
     """
     device = torch.device(cfg.MODEL.DEVICE)
     sharing = local_processes if device.type == "cpu" else 1  # each GPU has its own memory
-    images = cfg.SOLVER.IMS_PER_BATCH // processes
+    images = images_at_once(cfg, processes)
     need = sharing * needed_bytes(cfg, largest_image(cfg, dicts), images, model)
     found = available_bytes(device)
     if need > found:
         raise UserError(
             f"memory: an iteration needs about {need / GIB:.1f} GiB, {found / GIB:.1f} GiB are free"
-            f" on {device}; lower SOLVER.IMS_PER_BATCH (now {cfg.SOLVER.IMS_PER_BATCH};"
-            " SOLVER.BASE_LR with it), INPUT.MIN_SIZE_TRAIN (now up to"
+            f" on {device}; take the batch in parts (MOCO.ACCUMULATE, now {cfg.MOCO.ACCUMULATE}),"
+            f" lower SOLVER.IMS_PER_BATCH (now {cfg.SOLVER.IMS_PER_BATCH}; SOLVER.BASE_LR with it),"
+            " INPUT.MIN_SIZE_TRAIN (now up to"
             f" {max(cfg.INPUT.MIN_SIZE_TRAIN)}) or MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE (now"
             f" {cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE})"
         )

@@ -5,7 +5,11 @@ load in Detectron2 too. Detectron2's own loader runs code that a YAML file names
 unknown key without its file; this one does neither.
 """
 
+import ast
+import logging
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
 
 from convert.errors import UserError, nearest
 from convert.files import detectron2_version
@@ -26,12 +31,17 @@ CLASSES_KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl")
 
 # Keys that change where or how fast, not what: they stay out of a protocol. Seed and weights have
-# their own places in a result.
+# their own places in a result; parts of a batch are in it as the images of a norm and of a loss.
 _NO_PROTOCOL = (
     "CUDNN_BENCHMARK",
     "DATALOADER.NUM_WORKERS",
     "GLOBAL",
     "MOCO.COCO_EVALUATOR",  # tests hold their numbers equal to the last bit
+    "MOCO.ACCUMULATE",
+    "MOCO.CHANNELS_LAST",
+    "MOCO.CHECKPOINT_EVERY",
+    "MOCO.KEEP",
+    "MOCO.REFERENCE_GPUS",
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "OUTPUT_DIR",
@@ -44,6 +54,10 @@ _NO_PROTOCOL = (
 )
 
 
+_NORMED = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
+_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
+
+
 def add_config(cfg: CfgNode) -> None:
     """Add this project's own keys, with their defaults, to a Detectron2 config."""
     cfg.MOCO = CfgNode()
@@ -54,6 +68,11 @@ def add_config(cfg: CfgNode) -> None:
         "year"  # the test set's: 11-point for 2007 and one's own; or 11-point, area
     )
     cfg.MOCO.COCO_EVALUATOR = "auto"  # faster-coco-eval where installed, else pycocotools
+    cfg.MOCO.CHANNELS_LAST = False  # how weights and features lie in memory
+    cfg.MOCO.ACCUMULATE = 1  # parts of a batch that each process takes one after the other
+    cfg.MOCO.REFERENCE_GPUS = 8  # that the recipe's batch and schedule are made for
+    cfg.MOCO.CHECKPOINT_EVERY = ""  # iterations, or minutes as 5m; empty: SOLVER.CHECKPOINT_PERIOD
+    cfg.MOCO.KEEP = 1  # states kept while training runs, 0: all; the one of 1 goes when it ends
 
 
 def load_recipe(file: Path, pairs: Sequence[str] = ()) -> CfgNode:
@@ -77,6 +96,42 @@ def load_recipe(file: Path, pairs: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
+def scale_to_gpus(cfg: CfgNode, processes: int) -> list[str]:
+    """Apply the linear rule to another number of GPUs, in place: k times fewer, k times longer.
+
+    Batch and learning rate fall with the processes; warm-up, steps, length, and the periods of
+    checkpoints and evaluations grow (Goyal et al., arXiv:1706.02677; Detectron2's own rule).
+
+    Args:
+        cfg: a loaded recipe, made for MOCO.REFERENCE_GPUS.
+        processes: how many will train together.
+
+    Returns:
+        A line for each value that changes, old -> new.
+
+    Raises:
+        UserError: the recipe's batch does not divide over its GPUs.
+    """
+    gpus, batch = cfg.MOCO.REFERENCE_GPUS, cfg.SOLVER.IMS_PER_BATCH
+    if batch % gpus:
+        raise UserError(
+            f"--scale-to-gpus: SOLVER.IMS_PER_BATCH {batch} is no multiple of the {gpus} GPUs of "
+            "MOCO.REFERENCE_GPUS"
+        )
+    before = flatten(cfg)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = gpus
+    logger = logging.getLogger("detectron2.engine.defaults")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the same lines, in other words
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    logger.setLevel(level)
+    cfg.merge_from_other_cfg(scaled)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    now = flatten(cfg)
+    lines = [f"{k}: {before[k]} -> {now[k]}" for k in now if before[k] != now[k]]
+    return [f"scaled from {gpus} GPUs to {processes}:", *(f"  {line}" for line in lines)]
+
+
 def fit_to_machine(cfg: CfgNode, processes: int) -> list[str]:
     """Replace what this machine cannot do, in place.
 
@@ -91,9 +146,17 @@ def fit_to_machine(cfg: CfgNode, processes: int) -> list[str]:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         said.append("device: cpu (no CUDA device was found)")
-    if cfg.MODEL.DEVICE == "cpu" and processes > 1 and cfg.MODEL.RESNETS.NORM == "SyncBN":
-        cfg.MODEL.RESNETS.NORM = "naiveSyncBN"
+    parts = [getattr(cfg.MODEL, name) for name in _NORMED]
+    refused = [part for part in parts if part.NORM == "SyncBN"]
+    if cfg.MODEL.DEVICE == "cpu" and processes > 1 and refused:
+        for part in refused:
+            part.NORM = "naiveSyncBN"
         said.append("norm: naiveSyncBN (SyncBN refuses tensors on a CPU)")
+    steps = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
+    if steps != tuple(cfg.SOLVER.STEPS):  # Detectron2 leaves some out and stumbles over others
+        late = [step for step in cfg.SOLVER.STEPS if step not in steps]
+        said.append(f"steps: without {late}, as SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}")
+        cfg.SOLVER.STEPS = steps
     if cfg.SEED < 0:
         cfg.SEED = int.from_bytes(os.urandom(3), "big")
         said.append(f"seed: {cfg.SEED} (drawn, as SEED was negative)")
@@ -103,15 +166,43 @@ def fit_to_machine(cfg: CfgNode, processes: int) -> list[str]:
 def protocol(cfg: CfgNode, processes: int) -> dict[str, Any]:
     """Return everything of a config that changes its number, flat, for the fingerprint."""
     norm = cfg.MODEL.RESNETS.NORM
-    batch = cfg.SOLVER.IMS_PER_BATCH
-    synchronised = "SyncBN" in norm
+    together = cfg.SOLVER.IMS_PER_BATCH // cfg.MOCO.ACCUMULATE
     return number_keys(flatten(cfg)) | {
         "DATASETS.TRAIN": [datasets.label(name) for name in cfg.DATASETS.TRAIN],
         "DATASETS.TEST": [datasets.label(name) for name in cfg.DATASETS.TEST],
         "detectron2": detectron2_version(),
         "norm": norm,
-        "norm_group_images": batch if synchronised else batch // processes,
+        "norm_group_images": together if "SyncBN" in norm else together // processes,
     }
+
+
+def images_at_once(cfg: CfgNode, processes: int) -> int:
+    """Return how many images one process takes through the network together.
+
+    Raises:
+        UserError: the batch does not divide over processes and parts.
+    """
+    batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.MOCO.ACCUMULATE
+    if processes < 1 or batch % (processes * parts):
+        count = f"{processes} processes" + (f" of {parts} parts each" if parts > 1 else "")
+        raise UserError(f"SOLVER.IMS_PER_BATCH: found {batch} for {count}, want a multiple of them")
+    return int(batch // (processes * parts))
+
+
+def checkpoint_every(cfg: CfgNode) -> tuple[int, float]:
+    """Return how often a state is saved: iterations (0: never), and seconds.
+
+    Raises:
+        UserError: it is no number.
+    """
+    every = cfg.MOCO.CHECKPOINT_EVERY
+    if not every:
+        return int(cfg.SOLVER.CHECKPOINT_PERIOD), math.inf
+    if not re.fullmatch(r"\d*[1-9]\d*m?", every):
+        raise UserError(
+            f"MOCO.CHECKPOINT_EVERY '{every}': want iterations, as 500, or minutes, as 5m"
+        )
+    return (0, 60.0 * int(every[:-1])) if every.endswith("m") else (int(every), math.inf)
 
 
 def number_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +233,15 @@ def read_saved(file: Path) -> dict[str, Any]:
 
 def as_dict(cfg: CfgNode) -> dict[str, Any]:
     """Return a config as nested dictionaries of plain values, as its YAML says them."""
-    return dict(yaml.safe_load(cfg.dump()))
+    plain: dict[str, Any] = _plain(cfg)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return what YAML would read back; to write it first takes a third of a second."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
 
 
 def _walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -183,14 +282,24 @@ def _merge_pairs(cfg: CfgNode, pairs: Sequence[str]) -> None:
     if len(pairs) % 2:
         raise UserError(f"command line: '{pairs[-1]}' has no value; overrides are KEY VALUE pairs")
     _check_keys(cfg, pairs[::2], "command line")
+    defaults = dict(_walk(cfg))
     try:
-        cfg.merge_from_list(list(pairs))
+        for key, word in zip(pairs[::2], pairs[1::2], strict=True):
+            cfg.merge_from_list([key, _quoted(word) if isinstance(defaults[key], str) else word])
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"command line: {error}") from error
 
 
+def _quoted(word: str) -> str:
+    """Keep a word that is wanted as such from being read as a number: 500, or a file named so."""
+    try:
+        return word if isinstance(ast.literal_eval(word), str) else repr(word)
+    except (SyntaxError, ValueError):
+        return word
+
+
 def _check_keys(cfg: CfgNode, keys: Sequence[str] | Mapping[str, Any], where: str) -> None:
-    known = flatten(cfg)
+    known = dict(_walk(cfg))
     for key in keys:
         if key not in known:
             near = nearest(key, known)
@@ -212,6 +321,15 @@ def _check_values(cfg: CfgNode) -> None:
         wanted = " or ".join(VOC_METRICS)
         raise UserError(f"MOCO.VOC_METRIC: found '{cfg.MOCO.VOC_METRIC}', want {wanted}")
     coco_metric.choose(cfg.MOCO.COCO_EVALUATOR)
+    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS:
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN: found '{cfg.DATALOADER.SAMPLER_TRAIN}', want "
+            f"{' or '.join(_SAMPLERS)}"
+        )
+    for key, least in (("ACCUMULATE", 1), ("REFERENCE_GPUS", 1), ("KEEP", 0)):
+        if cfg.MOCO[key] < least:
+            raise UserError(f"MOCO.{key}: found {cfg.MOCO[key]}, want {least} or more")
+    checkpoint_every(cfg)
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
             f"DATASETS.TEST: found {len(cfg.DATASETS.TEST)} sets; a result has one: name it alone"

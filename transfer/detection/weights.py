@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
@@ -20,7 +21,6 @@ from convert.reading import PickledArray, read_file
 from convert.settings import check_keys, check_recipe
 from transfer.detection import recipes, roi_heads  # noqa: F401 (registers the head)
 
-CHECKPOINT_FILE = "checkpoint.pth"  # the last state of a running training
 FINAL_FILE = "model_final.pth"  # the trained detector, without what only training needs
 # Made anew from the recipe; old files of Detectron2 hold them all the same.
 _REBUILT = re.compile(r"(^|\.)(cell_anchors\.\d+|pixel_mean|pixel_std)$")
@@ -29,7 +29,13 @@ _REBUILT = re.compile(r"(^|\.)(cell_anchors\.\d+|pixel_mean|pixel_std)$")
 def build_detector(cfg: CfgNode) -> nn.Module:
     """Build a recipe's model; under bf16 its forward pass, and nothing else, is autocast."""
     model: nn.Module = build_model(cfg)
+    if cfg.MOCO.CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cfg.MOCO.PRECISION == "bf16":
+        for norm in (m for m in model.modules() if isinstance(m, NaiveSyncBatchNorm)):
+            # Its variance is a difference of means, which bf16 would lose.
+            norm.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+            norm.register_forward_hook(lambda _, given, out: out.bfloat16())
         cast = torch.autocast(torch.device(cfg.MODEL.DEVICE).type, dtype=torch.bfloat16)
         model.forward = cast(model.forward)
     return model
