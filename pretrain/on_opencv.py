@@ -1,8 +1,8 @@
 """Views by the fastest operators of a CPU: torchvision's resize on bytes, OpenCV's for the rest.
 
-They follow Pillow's: brightness, contrast and saturation are blends cut off to whole numbers, the hue is cut
-off to a byte and turned in its steps, and the blur is the kernel of Pillow's three box filters.
-`tests/test_backends.py` holds how far they are apart on photographs.
+They follow Pillow's: brightness, contrast and saturation are blends cut off to whole numbers, the
+hue is cut off to a byte and turned in its steps, and the blur is the kernel of Pillow's three box
+filters. `tests/test_backends.py` holds how far they are apart on photographs.
 """
 
 from collections.abc import Callable
