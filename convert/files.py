@@ -51,6 +51,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"{path}: the disk is full; nothing was written") from error
+        if error.errno in {errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}:
+            raise UserError(f"{path}: {error.strerror}; nothing was written") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

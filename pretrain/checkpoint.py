@@ -4,7 +4,7 @@ A file is `checkpoint_0199.pth.tar`, its number the epoch's, from 0:
     epoch: epochs done; arch: the network's name
     state_dict: the model, every key below `module.` as DistributedDataParallel writes it
     optimizer: its state
-    moco_transfer: method, step, config; tensors, numbers and strings only
+    moco_transfer: method, step, images of the set, config; tensors, numbers and strings only
 Everything random is drawn from the seed and the place in the run, and the generators of Python,
 NumPy and torch are seeded anew at every step, so the step is the random state, of workers too.
 """
@@ -19,9 +19,10 @@ from torch import nn
 
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
-from convert.files import atomic_write, output_folder
+from convert.files import atomic_write, output_folder, write_json
 from pretrain import distributed
 from pretrain.config import PretrainConfig, as_dict
+from pretrain.contrast import Contrast
 
 PREFIX = "module."
 _NAME = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
@@ -36,7 +37,7 @@ FREE_KEYS = frozenset(
 
 def save(
     folder: Path,
-    model: nn.Module,
+    model: Contrast,
     optimizer: torch.optim.Optimizer,
     config: PretrainConfig,
     *,
@@ -48,27 +49,57 @@ def save(
 
     Args:
         folder: the run's.
-        model: a `Contrast`.
+        model: what is trained.
         optimizer: its optimizer.
         config: of the run.
         step: steps done.
         epochs_done: whole epochs done.
         epoch: the number in the file's name: of the epoch done or under way.
+
+    Raises:
+        UserError: the weights are not finite, or the file cannot be written.
     """
+    if not _is_finite(model):
+        raise UserError(
+            f"weights are not finite after step {step}, though the loss was; the last good "
+            f"checkpoint in {folder} stays; lower --lr"
+        )
     path = path_of(folder, epoch)
     content = {
         "epoch": epochs_done,
         "arch": config.arch,
         "state_dict": {PREFIX + name: value for name, value in model.state_dict().items()},
         "optimizer": optimizer.state_dict(),
-        EXTRA_KEY: {"method": config.method, "step": step, "config": json.dumps(as_dict(config))},
+        EXTRA_KEY: {
+            "method": config.method,
+            "step": step,
+            "images": model.images,
+            "config": json.dumps(as_dict(config)),
+        },
     }
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    try:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        # Torch hides what the system said, as of a full disk, behind an error of its own.
+        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+        reason = cause.strerror if cause else str(error).splitlines()[0][:120]
+        raise UserError(
+            f"{path}: cannot be written ({reason}); the checkpoints before it stay; make room, "
+            "then go on with --resume auto"
+        ) from error
     if config.keep:
-        for old in list_checkpoints(folder)[: -config.keep]:
+        # A run that was resumed from an earlier file has later ones, which it will write again.
+        listed = list_checkpoints(folder)
+        for old in listed[: listed.index(path) + 1][: -config.keep]:
             old.unlink(missing_ok=True)
     return path
+
+
+@torch.no_grad()
+def _is_finite(model: nn.Module) -> bool:
+    floats = [value for value in model.state_dict().values() if value.is_floating_point()]
+    return bool(torch.stack(torch._foreach_norm(floats, torch.inf)).isfinite().all())
 
 
 def path_of(folder: Path, epoch: int) -> Path:
@@ -76,19 +107,32 @@ def path_of(folder: Path, epoch: int) -> Path:
     return folder / f"checkpoint_{epoch:04d}.pth.tar"
 
 
-def claim(folder: Path, *, resume: bool) -> None:
-    """Make a run's folder, and refuse one that holds another run.
+def claim(folder: Path, config: PretrainConfig, *, resume: Path | None, asked: bool) -> None:
+    """Make a run's folder and write its config there; refuse one that holds another run.
+
+    Args:
+        folder: the run's.
+        config: as it will be used.
+        resume: the checkpoint to go on from.
+        asked: whether going on was asked for.
 
     Raises:
-        UserError: it holds checkpoints and `resume` was not asked for, or cannot be written.
+        UserError: it holds checkpoints and going on was not asked for, the config is not the one
+            of the checkpoint, or the folder cannot be written.
     """
+    if resume is not None:
+        _compare(_stored_config(read_run(resume)), as_dict(config), resume)
     found = list_checkpoints(folder)
-    if found and not resume:
+    if found and not asked:
         raise UserError(
             f"output folder {folder}: holds a run ({found[-1].name}); go on with --resume auto, or "
             "choose another with --output-dir"
         )
     output_folder(folder)
+    if distributed.rank() == 0:
+        for half in folder.glob(".checkpoint_*.pth.tar.*"):  # of a run killed while it wrote
+            half.unlink(missing_ok=True)
+        write_json(folder / "config.json", as_dict(config))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -144,7 +188,7 @@ def settled_keys(path: Path | None) -> dict[str, Any] | None:
 
 
 def resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: PretrainConfig
+    path: Path, model: Contrast, optimizer: torch.optim.Optimizer, config: PretrainConfig
 ) -> int:
     """Put a run back to where a checkpoint was written.
 
@@ -152,14 +196,27 @@ def resume(
         The steps done.
 
     Raises:
-        UserError: the file is damaged, not a run's of ours, or its config differs.
+        UserError: the file is damaged, not a run's of ours, its config differs, or its set had
+            another number of images.
     """
     content = read_run(path)
     _compare(_stored_config(content), as_dict(config), path)
-    state = {name.removeprefix(PREFIX): v for name, v in content["state_dict"].items()}
-    model.load_state_dict(state, strict=True)
-    optimizer.load_state_dict(content["optimizer"])
-    return int(content[EXTRA_KEY]["step"])
+    before = content[EXTRA_KEY].get("images", model.images)
+    if before != model.images:
+        raise UserError(
+            f"--resume {path}: this run was started on {before} images, the set has "
+            f"{model.images} now; bring the set back, or start a run of its own with --output-dir"
+        )
+    try:
+        state = {name.removeprefix(PREFIX): v for name, v in content["state_dict"].items()}
+        model.load_state_dict(state, strict=True)
+        optimizer.load_state_dict(content["optimizer"])
+        return int(content[EXTRA_KEY]["step"])
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"--resume {path}: is not as this run would have written it "
+            f"({str(error).splitlines()[0][:120]}); name an earlier checkpoint"
+        ) from error
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -172,12 +229,17 @@ def read_run(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no closed list of what a damaged file raises
         raise UserError(f"--resume {path}: cannot be read; name an earlier checkpoint") from error
-    if not isinstance(content, dict) or EXTRA_KEY not in content:
+    try:
+        extra = dict(content)[EXTRA_KEY]
+        whole = isinstance(json.loads(extra["config"]), dict)
+    except (TypeError, KeyError, IndexError, ValueError, RuntimeError):
+        whole = False
+    if not whole:
         raise UserError(
             f"--resume {path}: holds weights, and not the state of a run of ours; "
-            "the released checkpoints of the papers are of this kind"
+            "the released checkpoints of the papers are of this kind, and --init-from takes them"
         )
-    return content
+    return dict(content)
 
 
 def _stored_config(content: dict[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,18 @@ import torch
 from convert.errors import UserError
 from convert.resnets import CIFAR_STEM, IMAGENET_STEM, find_arch
 from pretrain import distributed
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, as_dict
 from pretrain.contrast import Contrast
 from pretrain.dictionaries import find_method
 from pretrain.encoders import WHOLE_BATCH
 from pretrain.loader import choose_backend
-from pretrain.norm import PAPERS_GROUPS, choose_groups
+from pretrain.norm import PAPERS_GROUPS, choose_groups, of_processes
+from pretrain.schedule import run_length
 from pretrain.views import AUGMENTATIONS
+
+# What each process may have its own value of: a machine's cores, where its images lie.
+OWN_KEYS = frozenset({"workers", "data", "init_from", "keep"})
+LARGEST = 2**53  # beyond it a seed or a count is a typing mistake
 
 
 def check(
@@ -52,7 +57,23 @@ def check(
         bn_groups=_groups(config, method),
     )
     groups_of_a_pass(config)
+    _check_group_size(config)
     return config
+
+
+def check_alike(config: PretrainConfig, **more: object) -> None:
+    """See that all processes were started with one config, and found the same.
+
+    Raises:
+        UserError: they differ; each would train something else, or wait for the others for ever.
+    """
+    values = {key: v for key, v in as_dict(config).items() if key not in OWN_KEYS} | more
+    differ = distributed.differing(values)
+    if differ:
+        raise UserError(
+            f"the processes of this run differ in {', '.join(differ)}; start all of them with the "
+            "same words, images and output folder: one that all machines see"
+        )
 
 
 def best_device(wanted: str) -> str:
@@ -99,7 +120,7 @@ def _groups(config: PretrainConfig, method: type[Contrast]) -> int:
     if method.whole_batch_norm:
         if config.bn_groups not in {0, 1} or config.batch_size % processes:
             raise UserError(
-                f"batch of {config.batch_size} on {processes} processes in {config.bn_groups} "
+                f"batch of {config.batch_size} on {of_processes(processes)} in {config.bn_groups} "
                 f"batch norm groups: {config.method} has one over all processes, of equal shares"
             )
         return 1
@@ -111,11 +132,24 @@ def _groups(config: PretrainConfig, method: type[Contrast]) -> int:
         leaks=method.leaks,
     )
     if not config.bn_groups and processes == 1 and groups < PAPERS_GROUPS:
+        cut = "1 group" if groups == 1 else f"{groups} groups"
         distributed.say(
-            f"batch norm in {groups} groups of {config.batch_size // groups} images: more than "
+            f"batch norm in {cut} of {config.batch_size // groups} images: more than "
             f"{groups} would leave fewer than 8 a group"
         )
     return groups
+
+
+def _check_group_size(config: PretrainConfig) -> None:
+    """Refuse batch norm over a single value: one image whose last feature map is one position."""
+    images = config.batch_size // config.bn_groups
+    stride = 8 if config.stem == CIFAR_STEM else 32
+    if images < 2 and config.image_size <= stride:
+        raise UserError(
+            f"batch of {config.batch_size} in {config.bn_groups} batch norm groups: one image of "
+            f"{config.image_size} pixels ends in a single value, which has no variance; want "
+            "fewer --bn-groups, a larger batch or image_size"
+        )
 
 
 def _check_ranges(config: PretrainConfig) -> None:
@@ -147,15 +181,23 @@ def _check_ranges(config: PretrainConfig) -> None:
         and 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1,
         "decay_every": config.decay_every > 0 or config.schedule != "decay",
         "start_epoch": 0 <= config.start_epoch < config.epochs or config.iterations > 0,
+        "milestones": all(milestone >= 0 for milestone in config.milestones),
+        "workers": config.workers >= -1,
+        "warmup_iterations": not (config.warmup_iterations and config.warmup_epochs),
     }
-    never_negative = "lr weight_decay max_steps residual_gamma keep bn_groups iterations gamma"
-    for key in [*never_negative.split(), "warmup_epochs", "warmup_iterations"]:
-        ranges[key] = getattr(config, key) >= 0
+    never_negative = "lr weight_decay max_steps residual_gamma keep bn_groups iterations gamma seed"
+    never_negative += " warmup_epochs warmup_iterations knn_every decay_every cosine_start"
+    for key in never_negative.split():
+        ranges[key] = ranges.get(key, True) and getattr(config, key) >= 0
+    for key, value in as_dict(config).items():
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:  # NaN compares to nothing
+            ranges[key] = False
     wrong = [f"{key} {getattr(config, key)}" for key, good in ranges.items() if not good]
     if wrong:
         raise UserError(
             f"out of range: {', '.join(wrong)}; momenta are in [0, 1], temperature, sizes and "
-            "counts above 0, image_size 32 or more, start_epoch below epochs"
+            "counts above 0, image_size 32 or more, start_epoch below epochs, no number above "
+            f"{LARGEST}, warm-up in epochs or in iterations"
         )
     if not re.fullmatch(r"(\d*[1-9]\d*m?)?", config.checkpoint_every):
         raise UserError(
@@ -168,7 +210,21 @@ def _check_sizes(config: PretrainConfig, method: type[Contrast], images: int) ->
         raise UserError(
             f"batch of {config.batch_size}: the set has {images} images; lower --batch-size"
         )
+    per_epoch = images // config.batch_size
+    length = run_length(config, per_epoch)
+    end = min(length, config.max_steps or length)
+    if config.start_epoch * per_epoch >= end:
+        raise UserError(
+            f"start_epoch {config.start_epoch}: {per_epoch} steps an epoch put it at step "
+            f"{config.start_epoch * per_epoch}, and the run ends after {end}; lower --start-epoch, "
+            "or raise --max-steps or the key iterations"
+        )
     if not method.holds_keys:
+        if config.batch_size == 1:
+            raise UserError(
+                f"batch of 1: {config.method} holds a batch against itself, and there is nothing "
+                "else in it; raise --batch-size"
+            )
         return
     if config.K < config.batch_size:
         raise UserError(f"K {config.K}: is below the batch of {config.batch_size}; raise --moco-k")

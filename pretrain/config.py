@@ -4,6 +4,7 @@ A config is a frozen dataclass. Its fields are the known keys; their annotations
 a command line or a YAML file is read.
 """
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
@@ -143,6 +144,8 @@ def join_resume(argv: Sequence[str]) -> list[str]:
         if word == "--resume":
             following = words[0] if words else ""
             path = Path(following)
+            if words and not following:  # as of a shell's variable that is not set
+                raise UserError("--resume: names no checkpoint; want auto, a file, or no --resume")
             is_file = bool(following) and (path.is_file() or path.suffix in CHECKPOINT_SUFFIXES)
             word = f"--resume={words.pop(0) if following == 'auto' or is_file else 'auto'}"
         joined.append(word)
@@ -200,9 +203,17 @@ def _read_value(wanted: Any, value: Any) -> Any:
         return value if isinstance(value, str) else str(value)
     if isinstance(value, bool) or value is None:
         return _fail()
-    if wanted is int and not float(value).is_integer():  # `1e3` and `1.0` are whole numbers too
+    return _read_int(value) if wanted is int else wanted(value)
+
+
+def _read_int(value: Any) -> int:
+    """Read a whole number; `1e3` and `1.0` are some too, and no digit of a long one is lost."""
+    if isinstance(value, str | int):
+        with contextlib.suppress(ValueError):
+            return int(value)
+    if not float(value).is_integer():
         return _fail()
-    return int(float(value)) if wanted is int else wanted(value)
+    return int(float(value))
 
 
 def _is_bool(value: Any) -> bool:

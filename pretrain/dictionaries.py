@@ -11,6 +11,7 @@ Figure 2 (arXiv:1911.05722) compares three ways to hold keys: (a) end-to-end, th
 """
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -128,10 +129,12 @@ def find_method(name: str) -> type[Contrast]:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"dictionary '{name}': no such file; want FILE.py:CLASS")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # Under a name of its own, as a file may be called like a module that others import.
+    spec = importlib.util.spec_from_file_location(f"method_of_ones_own.{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     found = getattr(module, wanted, None)
     if not (isinstance(found, type) and issubclass(found, Contrast)):

@@ -8,24 +8,35 @@ Everything here works without a process group too, where W is 1 and nothing is s
 carries a gradient sends it back the same way.
 """
 
+import hashlib
 import os
+import secrets
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from convert.errors import StopRequest, UserError
+from convert.errors import Stopped, StopRequest, UserError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 STEP_TIMEOUT = timedelta(minutes=30)  # for one message: a checkpoint or a vote may lie between two
 GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting")
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # SLURM warns with USR
+LEAVE_S = 3.0  # how long the process that may hold the store waits for the others to leave
+LONGEST_WAIT_S = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,11 @@ def say(*words: object, sep: str = " ") -> None:
 
 
 def restarts() -> int:
-    """Return how often torchrun has started this group again after a worker was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    """Return how often torchrun has started this group again after a worker was lost.
+
+    A machine counts its own failures only: the largest count is the group's.
+    """
+    return agree(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
 def devices_here(device: str) -> int:
@@ -100,8 +114,7 @@ def run_children(command: Sequence[str], count: int, launch: Launch) -> int:
         SIGTERM, SIGUSR1 and SIGUSR2 are handed on.
     """
     nodes, node = max(launch.nodes, 1), max(launch.node, 0)
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    with StopRequest(stops) as stop:
+    with StopRequest(STOPS) as stop:
         children = []
         for local in range(count):
             place = {"RANK": node * count + local, "WORLD_SIZE": nodes * count}
@@ -124,14 +137,23 @@ def _wait(children: list["subprocess.Popen[bytes]"], stop: StopRequest) -> int:
                 child.wait(timeout=0.1)
             except subprocess.TimeoutExpired:
                 continue
+            if child.returncode < 0:
+                print(_killed(child.args, -child.returncode), file=sys.stderr, flush=True)
+                return 128 - child.returncode
             if child.returncode:
-                return child.returncode if child.returncode > 0 else 128 - child.returncode
+                return child.returncode
         if all(child.returncode == 0 for child in children):
             return 0
         if stop.signum is not None and not told:
             told = True
             for child in children:
                 child.send_signal(stop.signum)
+
+
+def _killed(command: Any, signum: int) -> str:
+    cause = "; memory may have run out" if signum == signal.SIGKILL else ""
+    name = Path(command[1] if len(command) > 1 else command[0]).name
+    return f"{name}: a process was ended by {signal.Signals(signum).name}{cause}; --resume auto"
 
 
 @contextmanager
@@ -148,27 +170,64 @@ def group(launch: Launch, device: str) -> Iterator[None]:
     url, place, count = _place(launch)
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0")) if launch.gpu is None else launch.gpu
-        if local >= torch.cuda.device_count():
+        if not 0 <= local < torch.cuda.device_count():
             raise UserError(
                 f"GPU {local}: this machine has {torch.cuda.device_count()}; start fewer processes "
                 "or name another with --gpu"
             )
         torch.cuda.set_device(local)
     backend = choose_backend(launch.backend, device, place)
-    if count > 1:
-        _meet(url, place, count, backend, launch.timeout_s)
+    if count == 1:
+        yield
+        return
+    store = _meet(url, place, count, backend, launch.timeout_s)
     try:
         yield
+    except (UserError, Stopped) as error:
+        _leave(store, place, count, error, str(error))
     except RuntimeError as error:
-        if count > 1 and any(sign in str(error) for sign in GONE):
-            raise UserError(
-                f"process {place} of {count}: another process of this run ended or hangs; its own "
-                "lines say why; go on with --resume auto"
-            ) from error
-        raise
+        if not any(sign in str(error) for sign in GONE):
+            raise
+        lost = UserError(
+            f"process {place} of {count}: another process of this run ended or hangs; its own "
+            "lines say why; go on with --resume auto"
+        )
+        lost.__cause__ = error
+        _leave(store, place, count, lost, "")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _leave(
+    store: "Store", place: int, count: int, error: UserError | Stopped, words: str
+) -> NoReturn:
+    """End this process with its group; what all of them have to say is said once.
+
+    Args:
+        store: of the group.
+        place: r.
+        count: W.
+        error: why this process ends.
+        words: what tells errors apart; empty where the cause is another process, which may have
+            said it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the others when one has ended
+    key = f"said {hashlib.sha256(words.encode()).hexdigest()}" if words else "said"
+    try:
+        first = store.add(key, 1) == 1
+        if words:
+            store.add("said", 1)
+        store.add("left", 1)
+        dist.destroy_process_group()  # the others notice
+        end = time.monotonic() + LEAVE_S
+        while place == 0 and store.add("left", 0) < count and time.monotonic() < end:
+            time.sleep(0.02)
+    except RuntimeError:  # the store went with the process that held it
+        first = True
+    if first:
+        raise error
+    raise SystemExit(error.status if isinstance(error, Stopped) else 2) from error
 
 
 def choose_backend(wanted: str, device: str, place: int = 0) -> str:
@@ -185,10 +244,19 @@ def choose_backend(wanted: str, device: str, place: int = 0) -> str:
 
 def _place(launch: Launch) -> tuple[str, int, int]:
     """Return where the processes meet, r and W."""
+    if not 0 < launch.timeout_s <= LONGEST_WAIT_S:
+        raise UserError(
+            f"--dist-timeout {launch.timeout_s:g}: want seconds above 0, 30 days at most"
+        )
     given = launch.url or "env://"
     if has_place():
-        place, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return ("env://" if "MASTER_ADDR" in os.environ else given), place, count
+        place, count = (os.environ[name] for name in ("RANK", "WORLD_SIZE"))
+        if not (place.isdecimal() and count.isdecimal() and int(place) < int(count)):
+            raise UserError(
+                f"RANK={place} WORLD_SIZE={count} in the environment: want whole numbers, the rank "
+                "from 0 to the size less 1; start with torchrun, or unset both"
+            )
+        return ("env://" if "MASTER_ADDR" in os.environ else given), int(place), int(count)
     if launch.nodes <= 1:
         return given, 0, 1
     if not 0 <= launch.node < launch.nodes:
@@ -198,30 +266,89 @@ def _place(launch: Launch) -> tuple[str, int, int]:
     return given, launch.node, launch.nodes
 
 
-def _meet(url: str, place: int, count: int, backend: str, timeout_s: float) -> None:
-    """Form the process group, or say in one line who is missing."""
-    wait = timedelta(seconds=timeout_s)
-    found = 0
+def _meet(url: str, place: int, count: int, backend: str, timeout_s: float) -> "Store":
+    """Form the process group, or say in one line who is missing; return the group's own store."""
+    end = time.monotonic() + timeout_s
+    found: list[int] = []
     try:
-        shared, _, _ = next(rendezvous(url, place, count, timeout=wait))
-        # torchrun keeps its store when it restarts the processes: theirs must not be read again.
-        store = dist.PrefixStore(f"attempt {restarts()}", shared)  # type: ignore[attr-defined]
-        store.set(f"here/{place}", "1")
-        keys = [f"here/{other}" for other in range(count)]
-        try:
-            store.wait(keys, wait)
-        finally:
-            found = sum(store.check([key]) for key in keys)
-        dist.init_process_group(
-            backend, store=store, rank=place, world_size=count, timeout=STEP_TIMEOUT
+        with _ended_by_signals():
+            wait = timedelta(seconds=timeout_s)
+            shared, _, _ = next(rendezvous(url, place, count, timeout=wait))
+        store = _handshake(shared, place, count, end, found)
+        left = timedelta(seconds=max(1.0, end - time.monotonic()))
+        with _ended_by_signals():
+            dist.init_process_group(
+                backend, store=store, rank=place, world_size=count, timeout=left
+            )
+        # A step's messages may take longer than the processes may take to find each other.
+        dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT)
+    except (RuntimeError, ValueError, OSError, TimeoutError) as error:
+        came = (
+            f"{len(found)} of {count} processes came" if found else f"no group of {count} processes"
         )
-    except (RuntimeError, ValueError, OSError) as error:
-        came = f"{found} of {count} processes came" if found else f"no group of {count} processes"
         reason = str(error).splitlines()[0][:120]
         raise UserError(
             f"process group at {url}: {came} within {timeout_s:g} s ({reason}); start all of them, "
             "with one --dist-url and ranks 0 to W - 1, or wait longer with --dist-timeout"
         ) from error
+    return store
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals end the process at once: Python's handlers wait while the transport does."""
+    before = [signal.signal(signum, signal.SIG_DFL) for signum in STOPS]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(STOPS, before, strict=True):
+            signal.signal(signum, handler)
+
+
+def _handshake(shared: "Store", place: int, count: int, end: float, found: list[int]) -> "Store":
+    """Agree on a name that no group before this one had, and return the part of the store below it.
+
+    torchrun keeps its store when it starts the processes again, and machines do not count its
+    restarts alike: what an earlier group left there must not be read by this one. So each process
+    shows a word that is new, and takes only a name that answers it.
+
+    Args:
+        shared: a store that all of them see.
+        place: r.
+        count: W.
+        end: until when to wait, by the monotonic clock.
+        found: is filled with the ranks that came, on the first process.
+    """
+    word = secrets.token_hex(8)
+    store = dist.PrefixStore("group", shared)  # type: ignore[attr-defined]
+    store.set(f"word {place}", word)
+
+    def value(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    answered: dict[int, str] = {}
+    name = word  # the first process's word names the group
+    while True:
+        if place == 0:
+            for other in range(count):
+                theirs = value(f"word {other}")
+                if theirs and answered.get(other) != theirs:
+                    store.set(f"answer {other}", f"{theirs} {name}")
+                    answered[other] = theirs
+            found[:] = [r for r in range(count) if value(f"agreed {r}") == name or r == place]
+            if len(found) == count:
+                store.set("complete", name)
+                break
+        else:
+            theirs, _, name = value(f"answer {place}").partition(" ")
+            if theirs == word:
+                store.set(f"agreed {place}", name)
+                if value("complete") == name:
+                    break
+        if time.monotonic() > end:
+            raise TimeoutError("the others did not answer")
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
 def agree(value: int) -> int:
@@ -231,6 +358,16 @@ def agree(value: int) -> int:
     told = torch.tensor([value])
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return int(told)
+
+
+def differing(values: Mapping[str, object]) -> list[str]:
+    """Name those of the values, the same ones everywhere, that differ between processes."""
+    hashes = [hashlib.sha256(repr(value).encode()).digest()[:7] for value in values.values()]
+    own = torch.tensor([int.from_bytes(h, "big") for h in hashes])
+    rows = gather(own[None])
+    return [
+        key for key, same in zip(values, (rows == rows[:1]).all(dim=0), strict=True) if not same
+    ]
 
 
 def average(x: Tensor) -> Tensor:

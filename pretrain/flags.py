@@ -110,6 +110,9 @@ def read_command(argv: list[str], description: str = "") -> Command:
     launch = {key: args.pop(key) for key in LAUNCH_KEYS}
     output_dir, resume, quiet = (args.pop(key) for key in ("output_dir", "resume", "quiet"))
     scale_lr, recipe = args.pop("scale_lr"), args.pop("config")
+    for flag, given in (("--init-from", args["init_from"]), ("--resume", resume)):
+        if given == "":  # as of a shell's variable that is not set
+            raise UserError(f"{flag}: names no file; leave it out to start from random weights")
     if recipe is None and folder is None:
         recipe = DEFAULT_RECIPE
     if folder is not None:

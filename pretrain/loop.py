@@ -1,5 +1,6 @@
 """The training loop: one step after another, everything logged; stopped, it goes on exactly."""
 
+import errno
 import math
 import random
 import signal
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from convert.backbone import load_backbone
+from convert.backbone import load_backbone, weights_digest
 from convert.errors import Stopped, StopRequest, UserError
 from convert.facts import STRIDE_IN_1X1
 from convert.files import environment, output_folder, write_json
@@ -36,12 +37,6 @@ from pretrain.sources import ImageList
 from pretrain.views import AUGMENTATIONS, epoch_order, generator
 
 RUN_NAME = "run.json"
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # SLURM warns with USR1, 2
 
 
 def train(
@@ -67,27 +62,57 @@ def train(
         UserError: the loss is not finite, the run cannot be resumed, a loading worker was killed.
         Stopped: a signal came; the checkpoint is written.
     """
-    run = Run(config, images, output_folder(folder), knn)
+    try:
+        run = Run(config, images, output_folder(folder), knn)
+    except (RuntimeError, MemoryError) as error:
+        _refuse_if_out_of_memory(error)
+        raise
     if resume is not None:
         run.step = checkpoint.resume(resume, run.model, run.optimizer, config)
         if run.step >= run.steps:
             distributed.say(f"{folder}: this run is finished, {run.step} steps")
+            if distributed.rank() == 0 and not (folder / RUN_NAME).exists():
+                run.seconds = run.seconds_before()
+                run.finish(resume)  # it was ended between its last checkpoint and its record
             return resume
         distributed.say(f"resumed {resume} at step {run.step} of {run.steps}")
     elif config.init_from:
         distributed.say(init_from(run.model, config.init_from))
+    _check_start(run)
     images_done, total = run.step * config.batch_size, run.steps * config.batch_size
     shown = Progress(total, "pretrain", done=images_done, quiet=quiet or distributed.rank() > 0)
     try:
-        with StopRequest(SIGNALS) as stop, shown:
+        with StopRequest(distributed.STOPS) as stop, shown:
             last = run.go(stop, shown, resume)
-    except RuntimeError as error:
+    except BrokenPipeError:  # whoever reads our lines left
+        raise
+    except OSError as error:
+        raise UserError(_system_error(error, config.workers, folder)) from error
+    except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error):
             raise UserError(_killed_worker(error, config.workers)) from error
+        _refuse_if_out_of_memory(error)
         raise
     if distributed.rank() == 0:
         run.finish(last)
     return last
+
+
+def _check_start(run: "Run") -> None:
+    """See that all processes begin at one step with the same weights.
+
+    Raises:
+        UserError: they do not; nothing later would make them equal.
+    """
+    if distributed.size() > 1:
+        state = {name: value.cpu() for name, value in run.model.state_dict().items()}
+        starts = {"weights": weights_digest(state), "step": run.step}
+        differ = distributed.differing(starts)
+        if differ:
+            raise UserError(
+                f"the processes of this run begin with different {' and '.join(differ)}: the file "
+                "of --resume or --init-from must be the same on every machine"
+            )
 
 
 def init_from(model: Contrast, source: str) -> str:
@@ -162,9 +187,7 @@ class Run:
     def go(self, stop: StopRequest, shown: Progress, resumed: Path | None) -> Path:
         """Take the steps that are left; return the last checkpoint."""
         log = Log(self.folder, self.step) if distributed.rank() == 0 else None
-        self.seconds = max(
-            (line.get("seconds", 0.0) for line in read_log(self.folder)), default=0.0
-        )
+        self.seconds = self.seconds_before()
         saved, last_saved, since_line = resumed, time.monotonic(), time.monotonic()
         seen: list[Tensor] = []
         for batch in self._batches():
@@ -191,6 +214,10 @@ class Run:
                 raise Stopped(signum)
         assert saved is not None
         return saved
+
+    def seconds_before(self) -> float:
+        """Return how long the run had taken by its log's last line."""
+        return max((line.get("seconds", 0.0) for line in read_log(self.folder)), default=0.0)
 
     def take_step(self, views: list[Tensor]) -> Tensor:
         """Take one step on this process's views, each (n, 3, H, W).
@@ -225,7 +252,7 @@ class Run:
 
     def finish(self, last: Path) -> None:
         """Write the run's record and say what came out."""
-        config, lines, K = self.config, read_log(self.folder), self.model.negatives
+        config, lines, negatives = self.config, read_log(self.folder), self.model.negatives
         loss = mean_of_last_tenth(lines, "loss")
         batch_top1 = mean_of_last_tenth(lines, "batch_top1")
         write_json(
@@ -235,11 +262,12 @@ class Run:
                 "arch": config.arch,
                 "set": "embedded digits" if config.data == "embedded" else config.data,
                 "images": len(self.images),
-                "K": K,
+                **({"K": config.K} if self.model.holds_keys else {}),
+                "negatives": negatives,
                 "m": config.m,
                 "tau": config.tau,
                 "steps": self.step,
-                "chance_loss": math.log(K + 1),
+                "chance_loss": math.log(negatives + 1),
                 "loss_last_tenth": loss,
                 "batch_top1_last_tenth": batch_top1,
                 "batch_size": config.batch_size,
@@ -250,7 +278,7 @@ class Run:
                 "config": as_dict(config),
             },
         )
-        print(verdict(loss, K, batch_top1, config.batch_size))
+        print(verdict(loss, negatives, batch_top1, config.batch_size))
 
     def _batches(self) -> Iterator[Any]:
         config = self.config
@@ -399,7 +427,26 @@ def seed_generators(seed: int, step: int) -> None:
     torch.manual_seed(number)
 
 
-def _killed_worker(error: RuntimeError, workers: int) -> str:
+def _refuse_if_out_of_memory(error: Exception) -> None:
+    """Turn an allocation that failed into one line."""
+    signs = ("can't allocate memory", "out of memory", "not enough memory", "torage size")
+    words = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or any(sign in words for sign in signs):
+        raise UserError(
+            f"memory ran out ({words[-160:]}); lower --batch-size, or take it in parts with "
+            "--accumulate; lower --moco-k, the key dim or image_size"
+        ) from error
+
+
+def _system_error(error: OSError, workers: int, folder: Path) -> str:
+    if error.errno in {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}:
+        cause = f"{workers} workers are more than this machine holds; lower --workers"
+    else:
+        cause = f"see to {error.filename or folder}, then go on with --resume auto"
+    return f"the system refused ({error.strerror or error}): {cause}"
+
+
+def _killed_worker(error: Exception, workers: int) -> str:
     cause = str(error).splitlines()[0]
     return (
         f"a process that loads images ended: {cause} With Killed or Bus error memory ran out: "

@@ -12,22 +12,28 @@ examples:
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: our root, not this folder, comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from convert.errors import run_script
-from convert.files import write_json
-from pretrain.config import as_dict
+from convert.errors import UserError, run_script
 from pretrain.flags import V2_COMMAND, Command, read_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, build, train, return the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    command = read_command(words, __doc__ or "")
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):  # a scheduler's warnings end us as SIGTERM does
+        signal.signal(signum, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    try:
+        command = read_command(words, __doc__ or "")
+    except UserError:
+        if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+            return 2  # torchrun gives all processes the same words: the first one complains
+        raise
     # What torch's transport has to say is told in one line by the error that follows it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from pretrain import distributed
@@ -45,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(command: Command) -> int:
     """Train, as one of the processes of a group or alone."""
     from pretrain import checkpoint, distributed
-    from pretrain.checks import check
+    from pretrain.checks import check, check_alike
     from pretrain.loop import train
     from pretrain.monitor import KnnMonitor
     from pretrain.sources import open_set
@@ -58,9 +64,8 @@ def run(command: Command) -> int:
     resume = checkpoint.choose_resume(command.resume, folder, restarted=distributed.restarts() > 0)
     path = checkpoint.find_resume(resume, folder)
     config = check(config, len(images), checkpoint.settled_keys(path))
-    checkpoint.claim(folder, resume=bool(resume))
-    if distributed.rank() == 0:
-        write_json(folder / "config.json", as_dict(config))
+    check_alike(config, images=len(images), checkpoint=path)
+    checkpoint.claim(folder, config, resume=path, asked=bool(resume))
     knn = None
     if val and distributed.rank() == 0:
         knn = KnnMonitor(images, val, config.image_size, bf16=config.precision == "bf16")

@@ -148,8 +148,8 @@ def choose_groups(
     shared = groups == 1  # one batch norm over all processes
     if batch_size % processes or batch_size % groups or (groups % processes and not shared):
         raise UserError(
-            f"batch of {batch_size} on {processes} processes in {groups} batch norm groups: want "
-            "groups that are a multiple of the processes, and a batch that is one of the groups"
+            f"batch of {batch_size} on {of_processes(processes)} in {groups} batch norm groups: "
+            "want groups that are a multiple of the processes, and a batch that is one of them"
         )
     if groups == 1 and leaks and not leak:
         raise UserError(
@@ -158,6 +158,11 @@ def choose_groups(
             "--bn-groups, or --leak to do it anyway"
         )
     return groups
+
+
+def of_processes(count: int) -> str:
+    """Say a number of processes."""
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _fitting(batch_size: int) -> int:

@@ -27,7 +27,9 @@ def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> fl
     by_epoch = config.schedule_unit == "epochs"
     place = step // steps_per_epoch if by_epoch else step
     if config.schedule == "cos":  # arXiv:2003.04297, Table 1, column "cos"
-        length = config.epochs if by_epoch else run_length(config, steps_per_epoch)
+        length: float = run_length(config, steps_per_epoch)
+        if by_epoch:
+            length = math.ceil(length / steps_per_epoch)
         return config.lr * 0.5 * (1 + math.cos(math.pi * (place + config.cosine_start) / length))
     if config.schedule == "decay":  # arXiv:1911.05722, Sec. 4, IG-1B: x0.9 every 62.5k iterations
         return float(config.lr * config.gamma ** (place // config.decay_every))

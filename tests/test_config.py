@@ -92,6 +92,12 @@ def test_resume_takes_auto_or_a_checkpoint_and_nothing_else(tmp_path):
     assert join_resume(["--resume", str(file)]) == [f"--resume={file}"]
     assert join_resume(["--resume", "gone.pth.tar"]) == ["--resume=gone.pth.tar"]
     assert join_resume(["DIR", "--resume"]) == ["DIR", "--resume=auto"]
+    with pytest.raises(UserError, match="--resume: names no checkpoint"):
+        join_resume(["DIR", "--resume", "", "--mlp"])  # a shell's variable that is not set
+
+
+def test_no_digit_of_a_whole_number_is_lost():
+    assert load_config(PretrainConfig, pairs=["seed", "9007199254740993"]).seed == 2**53 + 1
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)

@@ -1,7 +1,9 @@
 """The rules of the paper's Figure 2, SimCLR's, and that each method learns and travels on."""
 
 import math
+import random
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -215,6 +217,15 @@ def test_a_file_without_the_class_is_refused(tmp_path):
     file.write_text("class Other: pass\n")
     with pytest.raises(UserError, match="has no class Other that is a Contrast"):
         find_method(f"{file}:Other")
+
+
+def test_a_file_of_ones_own_may_use_dataclasses_and_any_name(tmp_path):
+    file = tmp_path / "random.py"
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text += "from pretrain.moco import MoCo\n@dataclass\nclass Part:\n    size: int = 1\n"
+    file.write_text(text + "class Mine(MoCo): part = Part()\n")
+    assert find_method(f"{file}:Mine").part.size == 1
+    assert sys.modules["random"] is random
 
 
 def _tenth(images):

@@ -2,17 +2,22 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torchvision
 from PIL import Image
 
 from convert.errors import UserError
-from pretrain.distributed import Launch, group, run_children
+from pretrain.distributed import Launch, _handshake, group, run_children
 from tests.conftest import ROOT
 
 
@@ -187,6 +192,9 @@ def test_the_launcher_starts_children_with_their_ranks_and_ends_all_with_one(tmp
     assert sorted(capfd.readouterr().out.split("\n")) == ["", "2 4 0", "3 4 1"]
     code += "sys.exit(3) if r == 3 else time.sleep(60)"
     assert run_children([sys.executable, "-c", code], 2, launch) == 3
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert run_children([sys.executable, "-c", code], 1, launch) == 128 + signal.SIGKILL
+    assert "ended by SIGKILL; memory may have run out" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -194,8 +202,107 @@ def test_the_launcher_starts_children_with_their_ranks_and_ends_all_with_one(tmp
     [
         (Launch(nodes=2, node=2), "--rank 2: want 0 to 1, as --world-size is 2"),
         (Launch(backend="mpi"), "--dist-backend mpi: want nccl or gloo"),
+        (Launch(timeout_s=float("nan")), "--dist-timeout nan: want seconds above 0"),
+        (Launch(timeout_s=0), "--dist-timeout 0: want seconds above 0"),
+        (Launch(timeout_s=1e30), "--dist-timeout 1e.30: want seconds above 0, 30 days at most"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(launch, line):
     with pytest.raises(UserError, match=line), group(launch, "cpu"):
         pass
+
+
+@pytest.mark.parametrize(("place", "count"), [("x", "2"), ("2", "2"), ("0", "-2"), ("-1", "2")])
+def test_a_place_that_cannot_be_is_refused(place, count, monkeypatch):
+    monkeypatch.setenv("RANK", place)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    line = f"RANK={place} WORLD_SIZE={count} in the environment"
+    with pytest.raises(UserError, match=line), group(Launch(), "cpu"):
+        pass
+
+
+def hands(store, count, seconds=20):
+    """Have processes shake hands over a store; return the parts of it that they were given."""
+    end = time.monotonic() + seconds
+    with ThreadPoolExecutor(count) as threads:
+        places = range(count)
+        return list(threads.map(lambda r: _handshake(store, r, count, end, []), places))
+
+
+def test_a_group_that_meets_again_in_the_same_store_does_not_read_the_old_ones_words():
+    store = dist.HashStore()
+    for attempt in ("first", "second"):
+        ours = hands(store, 3)
+        assert not ours[2].check(["address"])
+        ours[0].set("address", attempt)
+        assert ours[2].get("address").decode() == attempt
+
+
+def test_what_an_earlier_group_left_is_nobody_who_came():
+    store = dist.HashStore()
+    hands(store, 2)
+    found = []
+    with pytest.raises(TimeoutError):
+        _handshake(store, 0, 2, time.monotonic() + 0.3, found)
+    assert found == [0]
+
+
+def test_a_signal_ends_a_process_that_waits_for_the_others(tmp_path):
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    code = "from convert.errors import run_script; from pretrain.distributed import group, Launch\n"
+    code += "def main(_):\n print('here', flush=True)\n with group(Launch(), 'cpu'): return 0\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "run_script(main)"], cwd=ROOT, stdout=subprocess.PIPE,
+        env=os.environ | place | {"MASTER_PORT": str(free_port())},
+    )  # fmt: skip
+    assert process.stdout.readline() == b"here\n"
+    time.sleep(0.5)
+    process.terminate()
+    process.communicate(timeout=20)  # its own time would be 300 s
+    assert process.returncode in {-signal.SIGTERM, 128 + signal.SIGTERM}
+
+
+def test_flags_that_torchrun_gives_to_all_are_refused_once(tmp_path):
+    lines = []
+    for rank in "01":
+        place = {"RANK": rank, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+        done = subprocess.run(
+            [*MAIN, "--lr", "fast"], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | place,
+        )  # fmt: skip
+        assert done.returncode == 2
+        lines += done.stderr.splitlines()
+    assert lines == ["main_moco.py: command line: lr is 'fast', want float"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            [["--init-from", "a.pth"], ["--init-from", "b.pth"]],
+            "main_moco.py: the processes of this run begin with different weights: the file",
+        ),
+        (
+            [["--lr", "0.1"], ["--moco-t", "0.1"]],
+            "main_moco.py: the processes of this run differ in tau, lr; start all of them with the",
+        ),
+    ],
+)
+def test_what_stops_all_processes_is_said_once(photos, tmp_path, words, line):
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        torch.save(torchvision.models.resnet18().state_dict(), tmp_path / f"{name}.pth")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [*MAIN, str(photos.parent), *REFERENCE.split(), *words[rank]], cwd=tmp_path,
+            env=os.environ | shared | {"RANK": str(rank)}, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=200)[1].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    (only,) = [ln for ln in said[0] + said[1] if not ln.startswith("pretrain: ")]
+    assert only.startswith(line)
+    assert not list(tmp_path.rglob("checkpoint_*"))

@@ -1,7 +1,9 @@
 import contextlib
+import copy
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,11 +18,11 @@ from PIL import Image
 
 from convert.backbone import load_backbone
 from convert.errors import UserError
-from pretrain.checkpoint import find_resume
+from pretrain.checkpoint import claim, find_resume
 from pretrain.checks import check
 from pretrain.config import PretrainConfig
 from pretrain.flags import read_command
-from pretrain.loop import init_from, train
+from pretrain.loop import Run, init_from, train
 from pretrain.moco import MoCo
 from pretrain.monitor import KnnMonitor, read_log
 from pretrain.schedule import learning_rate
@@ -160,6 +162,145 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(pictures,
     assert sorted(tmp_path.glob("checkpoint_*")) == before
 
 
+def test_weights_that_are_not_finite_are_not_saved(pictures, tmp_path, monkeypatch):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, keep=1)
+    train(replace(config, max_steps=1), images, tmp_path, quiet=True)
+    (before,) = tmp_path.glob("checkpoint_*")
+    take_step = Run.take_step
+
+    def overflow(run, views):
+        loss = take_step(run, views)
+        with torch.no_grad():
+            run.model.encoder_q.conv1.weight[0, 0, 0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(Run, "take_step", overflow)
+    content = before.read_bytes()
+    with pytest.raises(UserError, match="weights are not finite after step 2, though the loss"):
+        go_on(replace(config, max_steps=2), images, tmp_path)
+    assert before.read_bytes() == content
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(pictures, tmp_path):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, keep=1)
+    train(replace(config, max_steps=1), images, tmp_path, quiet=True)
+    (before,) = tmp_path.glob("checkpoint_*")
+    content = before.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"tar: cannot be written \(File too large\)") as found:
+            go_on(replace(config, max_steps=2), images, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(found.value)
+    assert before.read_bytes() == content
+    assert {path.name for path in tmp_path.iterdir()} == {before.name, "log.jsonl", "run.json"}
+
+
+def test_more_workers_than_the_system_allows_are_said(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "pretrain/main_moco.py"), str(pictures), *SMALL]
+    done = subprocess.run(
+        [*command, "-j", "60"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60)),
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = (ln for ln in done.stderr.splitlines() if ln.startswith("main_moco.py: "))
+    assert line.endswith("60 workers are more than this machine holds; lower --workers")
+
+
+def test_a_set_that_has_changed_is_not_gone_on_with(pictures, tmp_path):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures)
+    train(replace(config, max_steps=1), images, tmp_path, quiet=True)
+    fewer = replace(images, paths=images.paths[:-1], labels=images.labels[:-1])
+    with pytest.raises(UserError, match="started on 40 images, the set has 39 now"):
+        go_on(config, fewer, tmp_path)
+
+
+def test_a_record_that_was_lost_with_its_process_is_written_by_the_resume(pictures, tmp_path):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, max_steps=1)
+    train(config, images, tmp_path, quiet=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["K"], record["negatives"]) == (32, 32)
+    (tmp_path / "run.json").unlink()
+    go_on(config, images, tmp_path)
+    again = json.loads((tmp_path / "run.json").read_text())
+    assert record == again | {"seconds": pytest.approx(again["seconds"], abs=0.1)}
+
+
+def test_the_record_of_a_method_without_a_dictionary_has_its_negatives_and_no_k(pictures, tmp_path):
+    config = small_config(pictures, max_steps=1, dictionary="end-to-end")
+    train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["negatives"] == 15
+    assert "K" not in record
+    assert record["chance_loss"] == pytest.approx(np.log(16))
+
+
+def test_a_run_taken_up_earlier_keeps_what_it_writes(pictures, tmp_path):
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, epochs=4, keep=0)
+    train(config, images, tmp_path, quiet=True)
+    first = tmp_path / "checkpoint_0000.pth.tar"
+    path = train(replace(config, keep=1, max_steps=4), images, tmp_path, resume=first, quiet=True)
+    assert path == tmp_path / "checkpoint_0001.pth.tar"
+    assert [p.name[11:15] for p in sorted(tmp_path.glob("checkpoint_*"))] == [
+        "0001",
+        "0002",
+        "0003",
+    ]
+
+
+def test_a_refused_config_leaves_the_folder_as_it_is_and_a_taken_one_tidies_it(pictures, tmp_path):
+    config = small_config(pictures, max_steps=1)
+    claim(tmp_path, config, resume=None, asked=False)
+    path = train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
+    before = (tmp_path / "config.json").read_bytes()
+    half = tmp_path / ".checkpoint_0001.pth.tar.x1"
+    half.write_bytes(b"of a run that was killed while it wrote")
+    with pytest.raises(UserError, match=r"another config: tau 0.07 -> 0.2; take it back"):
+        claim(tmp_path, replace(config, tau=0.2), resume=path, asked=True)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert half.exists()
+    claim(tmp_path, config, resume=path, asked=True)
+    assert not half.exists()
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda c: c.pop("state_dict"), "is not as this run would have written it"),
+        (lambda c: c.pop("optimizer"), "is not as this run would have written it"),
+        (lambda c: c["state_dict"].pop("module.queue"), "is not as this run would have written it"),
+        (lambda c: c.update(moco_transfer=[1]), "holds weights, and not the state of a run"),
+        (lambda c: c["moco_transfer"].update(config="{"), "holds weights, and not the state"),
+        (lambda c: c["moco_transfer"].update(config="[1]"), "holds weights, and not the state"),
+    ],
+)
+def test_a_file_that_is_no_run_of_ours_is_not_gone_on_with(one_step, tmp_path, change, line):
+    config, images, content = one_step
+    content = copy.deepcopy(content)
+    change(content)
+    torch.save(content, tmp_path / "checkpoint_0000.pth.tar")
+    with pytest.raises(UserError, match=line) as found:
+        go_on(config, images, tmp_path)
+    assert "\n" not in str(found.value)
+
+
+@pytest.fixture(scope="module")
+def one_step(pictures, tmp_path_factory):
+    """A run of one step: its config, its images, and what its checkpoint holds."""
+    images = image_folder(pictures / "train")
+    config = small_config(pictures, max_steps=1)
+    path = train(config, images, tmp_path_factory.mktemp("one"), quiet=True)
+    return replace(config, max_steps=2), images, torch.load(path, weights_only=True)
+
+
 def test_the_schedules_are_the_references():
     def rates(config, epochs):
         return [learning_rate(config, round(epoch * 100), 100) for epoch in epochs]
@@ -188,6 +329,9 @@ def test_schedules_count_iterations_where_asked():
     assert rates == pytest.approx([0.12, 0.12, 0.108, 0.12 * 0.9**19])
     steps = PretrainConfig(schedule_unit="iterations", milestones=(3, 5), gamma=0.5, lr=1.0)
     assert [learning_rate(steps, step, 7) for step in (2, 3, 5)] == [1, 0.5, 0.25]
+    cos = PretrainConfig(schedule="cos", iterations=100, lr=1.0)  # 10 epochs of 10 steps
+    assert [learning_rate(cos, step, 10) for step in (0, 59)] == pytest.approx([1, 0.5])
+    assert 0 < learning_rate(cos, 99, 10) < 0.03
     cos = PretrainConfig(schedule="cos", schedule_unit="iterations", iterations=100, lr=1.0)
     assert learning_rate(cos, 50, 7) == pytest.approx(0.5)
 
@@ -201,13 +345,27 @@ def test_schedules_count_iterations_where_asked():
         ({"K": 40}, "the set has 40 images"),
         ({"batch_size": 64, "K": 64}, "the set has 40 images; lower --batch-size"),
         ({"batch_size": 8}, "--leak"),
-        ({"bn_groups": 3}, "batch of 16 on 1 processes in 3 batch norm groups"),
+        ({"bn_groups": 3}, "batch of 16 on 1 process in 3 batch norm groups"),
         ({"bn_groups": 17}, "batch of 16: is below its 17 batch norm groups"),
         ({"momentum": -0.1}, "out of range: momentum -0.1"),
         ({"stem": "vit"}, "stem is 'vit', want one of imagenet, cifar"),
         ({"optimizer": "adam"}, "optimizer is 'adam', want one of sgd, lars"),
         ({"schedule": "decay"}, "out of range: decay_every 0"),
         ({"start_epoch": 200}, "out of range: start_epoch 200"),
+        ({"start_epoch": 2, "max_steps": 4}, "at step 4, and the run ends after 4"),
+        ({"start_epoch": 2, "iterations": 3}, "at step 4, and the run ends after 3"),
+        ({"lr": float("nan")}, "out of range: lr nan"),
+        ({"lr": float("inf")}, "out of range: lr inf"),
+        ({"tau": float("inf")}, "out of range: tau inf"),
+        ({"dim": 10**30}, "out of range: dim 1000"),
+        ({"seed": -1}, "out of range: seed -1"),
+        ({"seed": 2**70}, "out of range: seed 1180"),
+        ({"knn_every": -1, "workers": -2}, "out of range: workers -2, knn_every -1"),
+        ({"milestones": (-1,)}, "out of range: milestones (-1,)"),
+        ({"warmup_epochs": 1.0, "warmup_iterations": 5}, "out of range: warmup_iterations 5"),
+        ({"batch_size": 4, "bn_groups": 4, "image_size": 32}, "one image of 32 pixels ends in a"),
+        ({"batch_size": 1, "dictionary": "simclr"}, "batch of 1: SimCLR holds a batch against"),
+        ({"batch_size": 1, "dictionary": "end-to-end"}, "batch of 1: end-to-end holds a batch"),
         ({"augmentation": "v7"}, "want one of v1, v2, cifar, simclr"),
         ({"schedule": "linear"}, "want one of step, cos, decay"),
         ({"precision": "fp8"}, "want one of fp32, bf16"),
@@ -267,6 +425,10 @@ def test_a_folder_and_no_flags_is_v1_and_the_first_lines_say_so(script, pictures
         (["epoch", "3"], "unknown key 'epoch'; known keys near it: epochs"),
         (["--resume", "gone.pth.tar"], "gone.pth.tar: no such file"),
         (["--init-from", "gone.pth.tar", *SMALL], "checkpoint gone.pth.tar: no such file"),
+        (["--init-from", ""], "--init-from: names no file"),
+        (["--resume="], "--resume: names no file"),
+        (["--dist-timeout", "nan"], "--dist-timeout nan: want seconds above 0"),
+        ([*SMALL, "dim", "1e15"], "memory ran out"),
         (["--output-dir", "/proc/none"], "output folder /proc/none: cannot be written"),
         (["--config", "gone.yaml"], "recipe gone.yaml: cannot be read"),
     ],

@@ -67,7 +67,7 @@ def test_several_processes_have_one_group_each():
     ("batch", "wanted", "processes", "line"),
     [
         (2, 4, 1, "batch of 2: is below its 4 batch norm groups"),
-        (30, 4, 1, "batch of 30 on 1 processes in 4 batch norm groups"),
+        (30, 4, 1, "batch of 30 on 1 process in 4 batch norm groups"),
         (30, 0, 4, "batch of 30 on 4 processes in 4 batch norm groups"),
         (32, 2, 4, "want groups that are a multiple of the processes"),
     ],

@@ -146,6 +146,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(photos, tmp_path):  # noq
     group[1].send_signal(signal.SIGUSR1)
     said = [process.communicate(timeout=120) for process in group]
     assert [process.returncode for process in group] == [128 + signal.SIGUSR1] * 2, said
+    assert sum(errors.count("stopped by SIGUSR1") for _, errors in said) == 1
     (path,) = (tmp_path / "out").glob("checkpoint_*")
     step = torch.load(path, weights_only=True)["moco_transfer"]["step"]
     assert step == logged(tmp_path / "out")
