@@ -15,6 +15,7 @@ from pretrain.config import PretrainConfig, as_dict
 from pretrain.contrast import Contrast
 from pretrain.dictionaries import find_method
 from pretrain.encoders import WHOLE_BATCH
+from pretrain.loader import choose_backend
 from pretrain.norm import PAPERS_GROUPS, choose_groups, of_processes
 from pretrain.schedule import run_length
 from pretrain.views import AUGMENTATIONS
@@ -52,6 +53,7 @@ def check(
         device=device,
         precision=config.precision or ("bf16" if _has_bf16(device) else "fp32"),
         workers=workers,
+        views=choose_backend(config.views, device),
         bn_groups=_groups(config, method),
     )
     groups_of_a_pass(config)

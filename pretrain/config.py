@@ -70,6 +70,7 @@ class PretrainConfig:
     seed: int = 0
     device: str = ""  # cpu or cuda; empty: the best at hand
     precision: str = ""  # fp32 or bf16; empty: the best at hand
+    views: str = ""  # pillow, opencv or device: what realises them; empty: the fastest at hand
     channels_last: bool = True  # how images and weights lie in memory
     compile: bool = False  # compile the encoders
     workers: int = (

@@ -69,6 +69,7 @@ def build_parser(description: str) -> Parser:
     add("-p", "--print-freq", metavar="N", help="steps between log lines")
     add("--seed", metavar="N", help="fixes everything that is random")
     add("--device", help="cpu or cuda; default: the best at hand")
+    add("--views", metavar="NAME", help="pillow, opencv or device; default: the fastest at hand")
     add("--precision", help="fp32 or bf16; default: the best at hand")
     add("--compile", action="store_true", default=None, help="compile the encoders")
     add("--checkpoint-every", metavar="N", help="steps, or minutes as 5m; default: every epoch")

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from pretrain.contrast import Contrast
-from pretrain.views import Views, generator
+from pretrain.loader import Views, collate, on_device
+from pretrain.views import generator
 
 BATCHES = 16  # P, where the set has as many
 AT_MOST = 2048  # M, so that large batches take no minutes; but two batches at the least
@@ -49,8 +49,9 @@ def measure(model: Contrast, views: Views, batch_size: int, seed: int) -> dict[s
     f_q = model.encoder_q
     f_k = getattr(model, "encoder_k", f_q)
     with _left_alone([f_q, f_k]), torch.no_grad():
-        pool = default_collate([views[EPOCH, index] for index in places.tolist()])
-        first, second = (view.to(model.device) for view in (pool[0], pool[-1]))
+        pool = collate([views[EPOCH, index] for index in places.tolist()])
+        made = on_device(pool, model.device, views.size)
+        first, second = made[0], made[-1]
         q = _encode(model, f_q, first, batch_size)
         same = _encode(model, f_k, second, batch_size)
         shuffled = _encode(model, f_k, second[order], batch_size)[order.argsort()]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,14 @@ from pretrain.checks import groups_of_a_pass
 from pretrain.config import PretrainConfig, as_dict
 from pretrain.contrast import Batch, Contrast
 from pretrain.dictionaries import find_method
+from pretrain.loader import Views, collate, on_device
 from pretrain.monitor import KnnMonitor, Waiting, Watch, mean_of_last_tenth, read_log, verdict
 from pretrain.norm import statistics_of
 from pretrain.optimizer import build_optimizer
 from pretrain.schedule import learning_rate, run_length
 from pretrain.sources import ImageList
 from pretrain.spread import spread
-from pretrain.views import AUGMENTATIONS, Views, epoch_order, generator
+from pretrain.views import AUGMENTATIONS, epoch_order, generator
 
 RUN_NAME = "run.json"
 
@@ -197,7 +199,8 @@ class Run:
         saved, last_saved, since_line = resumed, time.monotonic(), time.monotonic()
         seen: list[Tensor] = []
         batches = Waiting(self._batches())
-        for views in batches:
+        for batch in batches:
+            views = on_device(batch, self.device, self.config.image_size)
             seen.append(self.take_step(views))
             self.step += 1
             ends_epoch = self.step % self.steps_per_epoch == 0
@@ -239,7 +242,7 @@ class Run:
             group["lr"] = learning_rate(config, self.step, self.steps_per_epoch)
         seed_generators(config.seed, self.step)
         batch = Batch(
-            views=[view.to(self.device, non_blocking=True) for view in views],
+            views=views,
             images=self.order.batch(self.step),
             seed=config.seed,
             step=self.step,
@@ -298,13 +301,14 @@ class Run:
         config = self.config
         scale = (config.crop_scale[0], config.crop_scale[1])
         augmentation = replace(AUGMENTATIONS[config.augmentation], crop_scale=scale)
-        count = self.model.views
-        return Views(self.images, augmentation, config.image_size, config.seed, count)
+        count, backend = self.model.views, config.views
+        return Views(self.images, augmentation, config.image_size, config.seed, count, backend)
 
-    def _batches(self) -> Iterator[list[Tensor]]:
+    def _batches(self) -> Iterator[Any]:
         config = self.config
         yield from DataLoader(
             self._views(),
+            collate_fn=collate,
             batch_sampler=_Batches(self),
             num_workers=-(-config.workers // distributed.local_size()),
             pin_memory=self.device.type == "cuda",

@@ -1,5 +1,10 @@
 """The augmented views of an image: the recipes of MoCo v1 and v2, of its CIFAR notebook, of SimCLR.
 
+A view is drawn first, as a crop and a list of changes, and then realised by a backend: Pillow's
+operators as the reference has them (`on_pillow.py`), OpenCV's (`on_opencv.py`), or batched on the
+device (`on_device.py`). All three take the same drawn view, so a recipe is one thing whatever
+realises it.
+
 Every number that a view draws comes from (seed, epoch, image, view) alone: whatever the workers,
 their order, and wherever a run was stopped, an image's crops in an epoch are the same.
 """
@@ -9,14 +14,8 @@ import math
 import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision.transforms import functional
-
-from convert.pixels import IMAGENET_PIXELS, Pixels
-from pretrain.sources import ImageList
 
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratios of a random crop, torchvision's
 CROP_TRIES = 10  # torchvision's too: after that, the largest centred crop
@@ -55,78 +54,56 @@ AUGMENTATIONS = {
 }
 
 
-class Views(torch.utils.data.Dataset[list[Tensor]]):
-    """Images as views, two of them; an item is asked for by (epoch, index).
+@dataclass(frozen=True)
+class Drawn:
+    """All that is done to an image to make one view of it; a backend realises it.
 
-    Args:
-        images: where they come from.
-        augmentation: the recipe.
-        size: side of a view in pixels.
-        seed: of the whole run.
-        count: how many views of each image; a memory bank takes one.
-        pixels: the statistics to normalise with.
+    Attributes:
+        box: the crop (top, left, height, width), pixels of the image; it is resized to the view.
+        changes: what follows, in this order, each with its strength: `brightness`, `contrast`,
+            `saturation` by a factor, `hue` by so many turns, `gray`, `blur` with a sigma in pixels
+            of the view, `flip`.
     """
 
-    def __init__(
-        self,
-        images: ImageList,
-        augmentation: Augmentation,
-        size: int,
-        seed: int,
-        count: int = 2,
-        pixels: Pixels = IMAGENET_PIXELS,
-    ) -> None:
-        self.images = images
-        self.augmentation = augmentation
-        self.size = size
-        self.seed = seed
-        self.count = count
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: tuple[int, int]) -> list[Tensor]:
-        """Return the views, each (3, size, size) float32, normalised."""
-        epoch, index = item
-        image = self.images.read(index)
-        views = []
-        for view in range(self.count):
-            draw = random.Random(f"{self.seed} {epoch} {index} {view}")
-            small = augment(image, self.augmentation, self.size, draw)
-            views.append(normalised(small, self.pixels))
-        return views
+    box: tuple[int, int, int, int]
+    changes: tuple[tuple[str, float], ...]
 
 
-def normalised(image: Image.Image, pixels: Pixels) -> Tensor:
-    """Return an image as (3, H, W) float32, normalised.
-
-    To the bit what torchvision's `to_tensor` and `normalize` return, in less than half their time.
-    """
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (pixels.mean, pixels.std))
-    return x.div_(255).sub_(mean).div_(std)
+def draw_view(width: int, height: int, recipe: Augmentation, draw: random.Random) -> Drawn:
+    """Draw what makes one view of an image of this size, pixels."""
+    box = crop_box(width, height, recipe.crop_scale, draw)
+    steps = [_gray, _jitter] if recipe.gray_first else [_jitter, _gray]
+    changes = [change for step in [*steps, _blur, _flip] for change in step(recipe, draw)]
+    return Drawn(box, tuple(changes))
 
 
-def augment(
-    image: Image.Image, augmentation: Augmentation, size: int, draw: random.Random
-) -> Image.Image:
-    """Draw one view of an image, as an image of size x size pixels."""
-    image = _random_resized_crop(image, augmentation.crop_scale, size, draw)
-    steps = [_gray, _jitter] if augmentation.gray_first else [_jitter, _gray]
-    for step in [*steps, _blur]:
-        image = step(image, augmentation, draw)
-    if draw.random() < augmentation.flip_p:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
+def _gray(recipe: Augmentation, draw: random.Random) -> list[tuple[str, float]]:
+    return [("gray", 1.0)] if draw.random() < recipe.gray_p else []
 
 
-def _random_resized_crop(
-    image: Image.Image, scale: tuple[float, float], size: int, draw: random.Random
-) -> Image.Image:
-    top, left, height, width = crop_box(image.width, image.height, scale, draw)
-    box = (left, top, left + width, top + height)
-    return image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+def _jitter(recipe: Augmentation, draw: random.Random) -> list[tuple[str, float]]:
+    """Change brightness, contrast, saturation and hue in an order drawn for this view."""
+    if draw.random() >= recipe.jitter_p:
+        return []
+    brightness, contrast, saturation, hue = recipe.jitter
+    changes = [
+        ("brightness", draw.uniform(1 - brightness, 1 + brightness)),
+        ("contrast", draw.uniform(1 - contrast, 1 + contrast)),
+        ("saturation", draw.uniform(1 - saturation, 1 + saturation)),
+        ("hue", draw.uniform(-hue, hue)),
+    ]
+    draw.shuffle(changes)
+    return changes
+
+
+def _blur(recipe: Augmentation, draw: random.Random) -> list[tuple[str, float]]:
+    if draw.random() >= recipe.blur_p:
+        return []
+    return [("blur", draw.uniform(*recipe.blur_sigma))]
+
+
+def _flip(recipe: Augmentation, draw: random.Random) -> list[tuple[str, float]]:
+    return [("flip", 1.0)] if draw.random() < recipe.flip_p else []
 
 
 def crop_box(
@@ -142,36 +119,6 @@ def crop_box(
     ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _jitter(image: Image.Image, augmentation: Augmentation, draw: random.Random) -> Image.Image:
-    """Change brightness, contrast, saturation and hue in an order drawn for this view."""
-    if draw.random() >= augmentation.jitter_p:
-        return image
-    brightness, contrast, saturation, hue = augmentation.jitter
-    changes = [
-        (functional.adjust_brightness, draw.uniform(1 - brightness, 1 + brightness)),
-        (functional.adjust_contrast, draw.uniform(1 - contrast, 1 + contrast)),
-        (functional.adjust_saturation, draw.uniform(1 - saturation, 1 + saturation)),
-        (functional.adjust_hue, draw.uniform(-hue, hue)),
-    ]
-    draw.shuffle(changes)
-    for change, strength in changes:
-        image = change(image, strength)
-    return image
-
-
-def _gray(image: Image.Image, augmentation: Augmentation, draw: random.Random) -> Image.Image:
-    if draw.random() >= augmentation.gray_p:
-        return image
-    gray: Image.Image = functional.to_grayscale(image, num_output_channels=3)
-    return gray
-
-
-def _blur(image: Image.Image, augmentation: Augmentation, draw: random.Random) -> Image.Image:
-    if draw.random() >= augmentation.blur_p:
-        return image
-    return image.filter(ImageFilter.GaussianBlur(radius=draw.uniform(*augmentation.blur_sigma)))
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:

@@ -16,9 +16,10 @@ from pretrain.checks import check
 from pretrain.config import PretrainConfig
 from pretrain.contrast import Batch
 from pretrain.distributed import Launch
+from pretrain.loader import Views, collate, on_device
 from pretrain.loop import Run
 from pretrain.sources import image_folder
-from pretrain.views import AUGMENTATIONS, Views
+from pretrain.views import AUGMENTATIONS
 
 
 def loaded(run: Run, count: int) -> Iterator[list[torch.Tensor]]:
@@ -30,8 +31,9 @@ def loaded(run: Run, count: int) -> Iterator[list[torch.Tensor]]:
     for _ in range(count):
         epoch = run.step // run.steps_per_epoch
         images = run.order.batch(run.step).view(distributed.size(), -1)[distributed.rank()]
-        items = [views[epoch, int(index)] for index in images]
-        yield [torch.stack(view).to(dtype) for view in zip(*items, strict=True)]
+        batch = collate([views[epoch, int(index)] for index in images])
+        loaded_views = on_device(batch, run.device, config.image_size)
+        yield [view.to(dtype) for view in loaded_views]
         run.step += 1
 
 

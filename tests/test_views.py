@@ -4,19 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from torchvision.transforms import functional
 
-from convert.pixels import IMAGENET_PIXELS
+from pretrain.loader import Views, collate, on_device
+from pretrain.on_pillow import augment
 from pretrain.sources import ImageList
 from pretrain.views import (
     AUGMENTATIONS,
     Augmentation,
-    Views,
-    augment,
     crop_box,
     epoch_order,
     generator,
-    normalised,
 )
 
 OFF = Augmentation(crop_scale=(1.0, 1.0), jitter_p=0, gray_p=0, blur_p=0, flip_p=0)
@@ -53,7 +50,7 @@ def test_with_every_probability_0_only_the_crop_is_left(image):
     ],
 )
 def test_p_1_always_does_it_and_p_0_never(image, switch, happened, monkeypatch):
-    monkeypatch.setattr("pretrain.views._random_resized_crop", lambda image, *_: image)
+    monkeypatch.setattr("pretrain.views.crop_box", lambda width, height, *_: (0, 0, height, width))
     whole = np.asarray(image)
     assert all(happened(view, whole) for view in drawn(image, **switch))
     assert all(np.array_equal(view, whole) for view in drawn(image))
@@ -61,7 +58,7 @@ def test_p_1_always_does_it_and_p_0_never(image, switch, happened, monkeypatch):
 
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.8])
 def test_a_probability_is_a_share(image, p, monkeypatch):
-    monkeypatch.setattr("pretrain.views._random_resized_crop", lambda image, *_: image)
+    monkeypatch.setattr("pretrain.views.crop_box", lambda width, height, *_: (0, 0, height, width))
     gray = [np.ptp(view, axis=2).max() == 0 for view in drawn(image, gray_p=p)]
     assert abs(np.mean(gray) - p) < 0.1
 
@@ -111,20 +108,11 @@ def test_a_view_depends_on_seed_epoch_image_and_view_alone(image, tmp_path):
 
 def test_views_are_normalised(tmp_path):
     gray = Image.new("RGB", (32, 32), (124, 116, 104))  # ImageNet's mean, nearly
-    view = Views(folder_of(gray, tmp_path), OFF, 32, seed=0)[0, 0][0]
-    assert view.shape == (3, 32, 32)
+    batch = collate([Views(folder_of(gray, tmp_path), OFF, 32, seed=0)[0, 0]])
+    assert batch[0].dtype is torch.uint8
+    view = on_device(batch, torch.device("cpu"), 32)[0]
+    assert view.shape == (1, 3, 32, 32)
     assert view.abs().max() < 0.02
-
-
-def test_normalising_is_torchvisions_to_the_bit():
-    draw = np.random.default_rng(0)
-    for _ in range(20):
-        image = Image.fromarray(draw.integers(0, 256, (32, 40, 3), dtype=np.uint8))
-        want = functional.to_tensor(image)
-        want = functional.normalize(want, IMAGENET_PIXELS.mean, IMAGENET_PIXELS.std)
-        got = normalised(image, IMAGENET_PIXELS)
-        assert torch.equal(got, want)
-        assert got.stride() == want.stride()
 
 
 def test_an_epochs_order_is_a_permutation_of_its_own():

@@ -31,8 +31,9 @@ from convert.files import atomic_write
 from convert.pixels import Pixels
 from convert.progress import Progress
 from convert.resnets import ARCHS
+from pretrain.on_pillow import augment
 from pretrain.sources import ImageList
-from pretrain.views import Augmentation, augment
+from pretrain.views import Augmentation
 from transfer.classification.request import STAGES, ProbeConfig, Request, require_one_of
 
 CACHE_VERSION = 1  # raise it when the same key would hold other numbers

@@ -1,0 +1,129 @@
+"""Images become views: read and drawn by the loader's processes, realised there or on the device.
+
+Legend: n: images of a batch; S: side of a view, px.
+"""
+
+import importlib.util
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.errors import UserError
+from convert.pixels import IMAGENET_PIXELS, Pixels
+from pretrain.sources import ImageList
+from pretrain.views import Augmentation, Drawn, draw_view
+
+PILLOW, OPENCV, DEVICE = "pillow", "opencv", "device"
+BACKENDS = (PILLOW, OPENCV, DEVICE)
+Decoded = tuple[Tensor, list[Drawn]]  # (H, W, 3) uint8, and what each of its views is
+
+
+def choose_backend(wanted: str, device: str) -> str:
+    """Return what realises the views: what was asked for, or the fastest at hand.
+
+    Args:
+        wanted: one of `BACKENDS`, or empty.
+        device: cpu or cuda, of the encoders.
+
+    Raises:
+        UserError: there is no such backend, or OpenCV is not installed.
+    """
+    if wanted not in ("", *BACKENDS):
+        raise UserError(f"views is '{wanted}', want one of {', '.join(BACKENDS)}")
+    found = importlib.util.find_spec("cv2") is not None
+    if wanted == OPENCV and not found:
+        raise UserError("views opencv: OpenCV is not installed; pip install opencv-python-headless")
+    return wanted or (DEVICE if device == "cuda" else OPENCV if found else PILLOW)
+
+
+class Views(torch.utils.data.Dataset[list[Tensor] | Decoded]):
+    """Images as views, two of them; an item is asked for by (epoch, index).
+
+    Args:
+        images: where they come from.
+        recipe: what a view draws.
+        size: S.
+        seed: of the whole run.
+        count: how many views of each image; a memory bank takes one.
+        backend: what realises them.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        recipe: Augmentation,
+        size: int,
+        seed: int,
+        count: int = 2,
+        backend: str = PILLOW,
+    ) -> None:
+        self.images = images
+        self.recipe = recipe
+        self.size = size
+        self.seed = seed
+        self.count = count
+        self.backend = backend
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> list[Tensor] | Decoded:
+        """Return the views, each (3, S, S) uint8; for the device the image and what they are."""
+        epoch, index = item
+        image = self.images.read(index)
+        drawn = []
+        for view in range(self.count):
+            draw = random.Random(f"{self.seed} {epoch} {index} {view}")
+            drawn.append(draw_view(*image.size, self.recipe, draw))
+        if self.backend == PILLOW:
+            from pretrain import on_pillow
+
+            made = [on_pillow.realise(image, view, self.size) for view in drawn]
+        else:
+            pixels = np.array(image)  # a copy: torch wants memory that may be written
+            if self.backend == DEVICE:
+                return torch.from_numpy(pixels), drawn
+            from pretrain import on_opencv
+
+            made = [on_opencv.realise(pixels, view, self.size) for view in drawn]
+        return [torch.from_numpy(view.transpose(2, 0, 1).copy()) for view in made]
+
+
+def collate(items: list[Any]) -> Any:
+    """Put a batch's views together, each (n, 3, S, S); decoded images stay a list."""
+    if isinstance(items[0], tuple):
+        return [image for image, _ in items], [drawn for _, drawn in items]
+    return [torch.stack(list(views)) for views in zip(*items, strict=True)]
+
+
+def on_device(
+    batch: Any, device: torch.device, size: int, pixels: Pixels = IMAGENET_PIXELS
+) -> list[Tensor]:
+    """Bring a batch to the device and make it what the encoders take.
+
+    Args:
+        batch: what `collate` gave.
+        device: where to.
+        size: S.
+        pixels: the statistics to normalise with.
+
+    Returns:
+        The views, each (n, 3, S, S) float32, normalised.
+    """
+    if isinstance(batch, tuple):
+        from pretrain.on_device import realise
+
+        images = [image.to(device, non_blocking=True) for image in batch[0]]
+        views = [realise(images, own, size) for own in zip(*batch[1], strict=True)]
+    else:
+        views = [view.to(device, non_blocking=True).float() for view in batch]
+    return [normalised(view, pixels) for view in views]
+
+
+def normalised(x: Tensor, pixels: Pixels) -> Tensor:
+    """Normalise levels 0..255, (n, 3, S, S); x is overwritten."""
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
+    return x.div_(255).sub_(mean).div_(std)
