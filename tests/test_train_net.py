@@ -255,6 +255,9 @@ def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
     kept = {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "detections.png"}
     assert names == kept | {"results.json", "curves.png", "tensorboard"}
     assert list(record["details"]["per_class"]["coco/mask_AP50"]) == ["digit"]
+    assert record["recipe"]["name"] == "embedded_coco_R50_C4_moco"
+    assert "SOLVER.MAX_ITER" in record["recipe"]["changed"]
+    assert "MODEL.WEIGHTS" not in record["recipe"]["changed"]
     lines = [
         json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()
     ]

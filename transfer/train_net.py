@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         scale_to_gpus=args.scale_to_gpus,
+        recipe=args.config,
     )
     return detection_job.launch(
         job,

@@ -61,6 +61,7 @@ class Job:
         quiet: print results and errors only.
         processes: how many train together, over all machines.
         local_processes: how many of them on this machine.
+        recipe: the recipe's file; None where there is none.
     """
 
     cfg: CfgNode
@@ -69,6 +70,7 @@ class Job:
     quiet: bool = False
     processes: int = 1
     local_processes: int = 1
+    recipe: Path | None = None
 
     @property
     def output(self) -> Path:
@@ -90,6 +92,7 @@ def prepare(
     num_gpus: int,
     num_machines: int,
     scale_to_gpus: bool = False,
+    recipe: Path | None = None,
 ) -> Job:
     """Check everything that can be checked in a second, and say what will be done.
 
@@ -105,7 +108,7 @@ def prepare(
         raise UserError(f"--num-gpus: found {torch.cuda.device_count()} devices, want {num_gpus}")
     if resume not in (None, checkpoint.AUTO) and not Path(str(resume)).is_file():
         raise UserError(f"--resume {resume}: no such checkpoint; without it the last is taken")
-    job = Job(cfg, resume, eval_only, quiet, processes, num_gpus)
+    job = Job(cfg, resume, eval_only, quiet, processes, num_gpus, recipe)
     for line in said:
         job.say(line)
     names = cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
@@ -220,6 +223,7 @@ def work(job: Job) -> None:
             checkpoint=facts,
             data=data,
             details=outcome.details,
+            recipe=recipes.named(job.recipe, cfg, job.processes),
             started=started,
         )
         if cfg.MOCO.KEEP == 1:  # more are kept for their own sake

@@ -23,6 +23,7 @@ from convert.errors import UserError, nearest
 from convert.files import detectron2_version
 from pretrain.config import BASE_KEY
 from transfer.detection import coco_metric, datasets, voc_metric
+from transfer.results import name_recipe
 
 DETECTRON2_OUTPUT = "./output"  # Detectron2's default, where our link to the weights lives
 PRECISIONS = ("fp32", "bf16")
@@ -203,6 +204,15 @@ def checkpoint_every(cfg: CfgNode) -> tuple[int, float]:
             f"MOCO.CHECKPOINT_EVERY '{every}': want iterations, as 500, or minutes, as 5m"
         )
     return (0, 60.0 * int(every[:-1])) if every.endswith("m") else (int(every), math.inf)
+
+
+def named(file: Path | None, cfg: CfgNode, processes: int) -> dict[str, Any]:
+    """Name a run's recipe, and what of its protocol the command line changed, for the record."""
+    if file is None:
+        return {}
+    own = load_recipe(file)
+    fit_to_machine(own, processes)
+    return name_recipe(file.stem, protocol(own, processes), protocol(cfg, processes))
 
 
 def number_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
