@@ -26,7 +26,6 @@ from benchmarks import child
 from convert.errors import Parser, UserError, nearest, run_script
 from convert.files import ROOT, environment, output_folder, write_json, write_text
 from pretrain.config import split_words
-from pretrain.monitor import read_log
 
 RECIPE = "configs/pretrain/moco_cifar10_r18_10ep.yaml"
 VOTERS = 2000  # images of each class in the bank
@@ -98,6 +97,8 @@ def one(
     method: str, seed: int, images: Path, bank: Path, root: Path, pairs: list[str], *, quiet: bool
 ) -> Row:
     """Train a method with a seed unless that was done, and vote; return the table's row of it."""
+    from pretrain.monitor import read_log  # imports torch, which --help does not wait for
+
     folder = root / f"{method}-{seed}"
     row: Row = {"method": method, "seed": seed}
     checkpoint = "random"
