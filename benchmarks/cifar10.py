@@ -15,7 +15,6 @@ table is printed, and lies as cifar10.md and cifar10.json in --output-dir.
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: our root, not this folder, comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks import child
 from convert.errors import Parser, UserError, nearest, run_script
 from convert.files import ROOT, environment, output_folder, write_json, write_text
 from pretrain.config import split_words
-from pretrain.monitor import read_log
 
 RECIPE = "configs/pretrain/moco_cifar10_r18_10ep.yaml"
 VOTERS = 2000  # images of each class in the bank
@@ -98,6 +97,8 @@ def one(
     method: str, seed: int, images: Path, bank: Path, root: Path, pairs: list[str], *, quiet: bool
 ) -> Row:
     """Train a method with a seed unless that was done, and vote; return the table's row of it."""
+    from pretrain.monitor import read_log  # imports torch, which --help does not wait for
+
     folder = root / f"{method}-{seed}"
     row: Row = {"method": method, "seed": seed}
     checkpoint = "random"
@@ -105,7 +106,9 @@ def one(
         words = [str(images), "--config", str(ROOT / RECIPE), "--seed", str(seed)]
         words += ["--output-dir", str(folder), "--resume", "auto", "--knn-dir", str(bank)]
         if not (folder / "run.json").exists():
-            run("pretrain/main_moco.py", [*words, *METHODS[method].split(), *pairs], quiet=quiet)
+            child.run(
+                "pretrain/main_moco.py", [*words, *METHODS[method].split(), *pairs], quiet=quiet
+            )
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         votes = [line["knn_top1"] for line in read_log(folder) if "knn_top1" in line]
         row |= {"knn_before": votes[0], "knn_after": votes[-1], "minutes": record["seconds"] / 60}
@@ -114,7 +117,7 @@ def one(
     words = [str(bank), "--pretrained", checkpoint, "--arch", "resnet18", "--seed", str(seed)]
     words += ["--output-dir", str(folder / "knn"), "k", str(neighbours(bank)), "temperature", "0.1"]
     if not (folder / "knn/results.json").exists():
-        run("transfer/knn.py", [*words, "image_size", "32"], quiet=quiet)
+        child.run("transfer/knn.py", [*words, "image_size", "32"], quiet=quiet)
     results = json.loads((folder / "knn/results.json").read_text(encoding="utf-8"))
     return row | {"knn_transfer": next(iter(results["metrics"].values()))}
 
@@ -123,18 +126,6 @@ def neighbours(bank: Path) -> int:
     """Return k: 200, or as many as there are images of a class."""
     counts = [len(list(folder.iterdir())) for folder in (bank / "train").iterdir()]
     return min(200, *counts)
-
-
-def run(script: str, words: list[str], *, quiet: bool) -> None:
-    """Run a script of ours, its lines going where ours go.
-
-    Raises:
-        UserError: it failed; its own line, above ours, says why.
-    """
-    command = [sys.executable, str(ROOT / script), *words, *(["--quiet"] if quiet else [])]
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        raise UserError(f"{script} ended with status {status}; mend that and type this again")
 
 
 def table(rows: list[Row]) -> str:

@@ -14,7 +14,6 @@ leak.json in --output-dir, and the plot as leak.png.
 
 import itertools
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: our root, not this folder, comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks import child
 from convert.errors import Parser, UserError, run_script
 from convert.files import ROOT, atomic_write, environment, output_folder, write_json
 
@@ -59,19 +59,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(folder: Path, groups: int, seed: int, pairs: list[str], *, quiet: bool) -> None:
-    """Train with so many groups, unless that was done.
-
-    Raises:
-        UserError: the run failed; its own line, above ours, says why.
-    """
+    """Train with so many groups, unless that was done."""
     if (folder / "run.json").exists():
         return
     words = ["--config", str(ROOT / RECIPE), "--seed", str(seed), "--output-dir", str(folder)]
     words += ["--leak-meter", "--leak", "--bn-groups", str(groups), "--resume", "auto", *pairs]
-    script = [sys.executable, str(ROOT / "pretrain/main_moco.py")]
-    done = subprocess.run([*script, *words, *(["--quiet"] if quiet else [])], check=False)
-    if done.returncode:
-        raise UserError(f"{folder}: its run ended with status {done.returncode}; mend what it said")
+    child.run("pretrain/main_moco.py", words, quiet=quiet)
 
 
 def said(curves: dict[str, list[list[float]]]) -> str:

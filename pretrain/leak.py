@@ -25,7 +25,7 @@ from pretrain.loader import Views, collate, on_device
 from pretrain.views import generator
 
 BATCHES = 16  # P, where the set has as many
-AT_MOST = 2048  # M, so that large batches take no minutes; but two batches at the least
+AT_MOST = 1024  # M, so that large batches take no minutes; but two batches at the least
 EPOCH = -1  # the views of the pool are those of no epoch
 
 
@@ -39,8 +39,9 @@ def measure(model: Contrast, views: Views, batch_size: int, seed: int) -> dict[s
         seed: of the run; the pool's images are the same whenever it is measured.
 
     Returns:
-        Percent of queries that score their own key above about K keys of other batches:
-        `leak_same`, keys encoded in the query's batch, and `leak_shuffled`, in other ones.
+        Percent of queries that score their own key above those of other batches, about K if the
+        pool has as many: `leak_same`, keys encoded in the query's batch, and `leak_shuffled`, among
+        other images.
     """
     P = max(2, min(BATCHES, AT_MOST // batch_size, len(views) // batch_size))
     M = P * batch_size
@@ -86,7 +87,8 @@ def found_percent(q: Tensor, k: Tensor, batch_size: int, others: int) -> float:
 
 
 def _encode(model: Contrast, encoder: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    return torch.cat([model.encode(encoder, batch) for batch in images.split(batch_size)])
+    batches = images.split(batch_size)
+    return torch.cat([model.encode(encoder, batch.to(model.device)) for batch in batches])
 
 
 @contextmanager

@@ -155,9 +155,12 @@ class Leak(Verdict):
     best: float = -math.inf
     knn: float = math.nan
     sure: bool = False
+    meter: tuple[float, float] | None = None
 
     def holds(self, line: Line) -> bool | None:
         """Look for an accuracy near 100% and a vote below its best."""
+        if "leak_same" in line:
+            self.meter = (line["leak_same"], line["leak_shuffled"])
         if "knn_top1" in line:
             self.knn, self.best = line["knn_top1"], max(self.best, line["knn_top1"])
             return None
@@ -177,8 +180,17 @@ class Leak(Verdict):
         return (
             f"{line['top1']:.2f}% of queries find their key since step {self.since[0]}, and "
             f"{voted}: batch norm leaks which key it is, or the augmentation is too weak. "
-            "--leak-meter tells which: against the one, more --bn-groups; against the other, "
+            f"{self.measured()}: against the one, more --bn-groups; against the other, "
             "--aug-plus or a smaller crop_scale"
+        )
+
+    def measured(self) -> str:
+        """Say what the leak meter last found, or that there is one."""
+        if self.meter is None:
+            return "--leak-meter tells which"
+        return (
+            f"The leak meter finds {self.meter[0]:.1f}% of keys encoded in their query's batch and "
+            f"{self.meter[1]:.1f}% of those encoded among other images, which differ where it leaks"
         )
 
     def end(self, line: Line) -> str:
