@@ -86,7 +86,11 @@ class Told(nn.Module):
 
 
 def test_voc_detections_made_by_hand_have_the_number_worked_out_by_hand(tmp_path) -> None:
-    """Two classes; cat: 8.5/11 at AP50 as in test_voc_metric, dog: found at once, 1."""
+    """Cats: a miss comes first, then two of four that count are right, or one at higher IoUs.
+
+    Dogs: a miss comes first too, by a hair: in VOC's pixels its IoU is 42.6/85.4 = 0.499, in
+    corners that are counted from 0 it would be over a half.
+    """
     objects = {
         "one": [("cat", 10, 10, 19, 19, 0), ("cat", 50, 50, 59, 59, 1)],
         "two": [("cat", 10, 10, 19, 19, 0), ("dog", 1, 1, 64, 64, 0)],
@@ -105,19 +109,22 @@ def test_voc_detections_made_by_hand_have_the_number_worked_out_by_hand(tmp_path
             ([49.0, 49.0, 59.0, 59.0], 0.90002, 0),
         ],
         "two": [
-            ([9.0, 9.0, 10.0, 10.0], 0.90001, 0),
             ([11.0, 9.0, 21.0, 19.0], 0.90000, 0),
+            ([9.0, 9.0, 10.0, 10.0], 0.90005, 0),
             ([0.0, 0.0, 64.0, 64.0], 0.3, 1),
+            ([21.4, 0.0, 85.4, 64.0], 0.4, 1),
         ],
     }
     found = evaluation.evaluate(cfg, Told(told), test, quiet=True)
-    cat = {"AP50": 100 * 8.5 / 11, "AP75": 100 * 6 / 11, "AP": 100 * 70 / 110}
+    # Precision 1/2 at all of the eleven recalls; at higher IoUs at the six of them up to 1/2.
+    low, high = 0.5, 6 * 0.5 / 11
+    cat = {"AP": 10 * (4 * low + 6 * high), "AP50": 100 * low, "AP75": 100 * high}
     assert found.metrics == {
-        f"voc/{key}": pytest.approx((value + 100) / 2, abs=1e-12) for key, value in cat.items()
+        f"voc/{key}": pytest.approx((value + 50) / 2, abs=1e-12) for key, value in cat.items()
     }
     assert found.details["per_class"]["voc/AP50"] == {
         "cat": pytest.approx(cat["AP50"]),
-        "dog": pytest.approx(100),
+        "dog": pytest.approx(50),
     }
     assert found.details["evaluator"] == "VOC, 11-point"
     # one: 2 detections count, 1 object, 1 right. two: 2 count (dog's is under 0.5), 2 objects,
@@ -125,7 +132,7 @@ def test_voc_detections_made_by_hand_have_the_number_worked_out_by_hand(tmp_path
     assert found.worth == {"one": pytest.approx(2 / 3), "two": pytest.approx(2 / 4)}
     cfg.MOCO.VOC_METRIC = "area"
     area = evaluation.evaluate(cfg, Told(told), test, quiet=True)
-    assert area.metrics["voc/AP50"] == pytest.approx((75 + 100) / 2)
+    assert area.metrics["voc/AP75"] == pytest.approx((0.5 * 50 + 50) / 2)
     assert area.details["evaluator"] == "VOC, area"
 
 
