@@ -4,16 +4,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_train_loader
-from detectron2.data.samplers import TrainingSampler
-from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
-from detectron2.utils.events import EventStorage
+from detectron2.data import DatasetMapper
 
+from benchmarks.speed.detection import plain_steps
 from convert.files import ROOT
-from transfer.detection import datasets, recipes
+from transfer.detection import recipes
 from transfer.detection.batches import FORWARD, IMAGE, reseed
 
 CONFIGS = ROOT / "configs"
@@ -45,7 +41,7 @@ def narrow(file: Path, *pairs: str) -> CfgNode:
 
 
 def plain_losses(cfg: CfgNode, count: int) -> list[float]:
-    """Train as Detectron2 does, by its own loader and a loop of five lines; return the losses.
+    """Train as Detectron2 does, by its own loader and a plain loop; return the losses.
 
     Only the generators are seeded as here: before an image, by its position, and before a forward
     pass, by its iteration.
@@ -54,25 +50,12 @@ def plain_losses(cfg: CfgNode, count: int) -> list[float]:
     mapper = DatasetMapper(cfg, True)
 
     def seeded(record: dict[str, Any]) -> Any:
-        reseed(cfg.SEED, IMAGE, next(positions))
-        return mapper(record)
-
-    data = datasets.load(cfg.DATASETS.TRAIN, training=True)
-    sampler = TrainingSampler(len(data.dicts), seed=cfg.SEED)
-    loader = build_detection_train_loader(cfg, dataset=data.dicts, mapper=seeded, sampler=sampler)
-    torch.manual_seed(cfg.SEED)
-    model = build_model(cfg).train()
-    optimizer = build_optimizer(cfg, model)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    totals = []
-    with EventStorage() as storage:
-        for iteration, batch in enumerate(itertools.islice(loader, count)):
+        position = next(positions)
+        reseed(cfg.SEED, IMAGE, position)
+        example = mapper(record)
+        iteration, place = divmod(position, cfg.SOLVER.IMS_PER_BATCH)
+        if place == cfg.SOLVER.IMS_PER_BATCH - 1:  # images are square: a batch is complete
             reseed(cfg.SEED, FORWARD, iteration, 0)
-            loss = sum(model(batch).values())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            storage.step()
-            totals.append(loss.item())
-    return totals
+        return example
+
+    return list(itertools.islice(plain_steps(cfg, seeded), count))

@@ -10,7 +10,8 @@ from torch import nn
 from convert.errors import UserError
 from convert.files import ROOT
 from transfer.detection import memory
-from transfer.detection.recipes import load_recipe
+from transfer.detection.recipes import images_at_once, load_recipe
+from transfer.detection.weights import build_detector
 
 COCO = ROOT / "configs" / "coco_R50_C4_1x_moco.yaml"
 LANDSCAPE = [{"height": 480, "width": 640}]
@@ -24,10 +25,33 @@ def test_the_published_image_needs_what_was_measured_on_a_cpu() -> None:
     assert need() == pytest.approx(4.8, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "side", "images", "regions", "measured_gib"),
+    [
+        ("coco_R50_FPN_1x_moco", 320, 1, 128, 0.80),
+        ("coco_R50_FPN_1x_moco", 320, 1, 512, 0.84),
+        ("coco_R50_FPN_1x_moco", 320, 2, 128, 1.25),
+        ("coco_R50_FPN_1x_moco", 640, 1, 128, 2.10),
+        ("coco_R50_FPN_4conv1fc_1x_moco", 320, 1, 128, 0.81),
+    ],
+)
+def test_fpn_needs_no_more_than_is_estimated_and_not_much_less(
+    recipe: str, side: int, images: int, regions: int, measured_gib: float
+) -> None:
+    pairs = ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(regions), "MODEL.DEVICE", "meta"]
+    cfg = load_recipe(ROOT / "configs" / f"{recipe}.yaml", pairs)
+    with torch.device("meta"):
+        model = build_detector(cfg)
+    estimated = memory.needed_bytes(cfg, side * side, images, model) / memory.GIB
+    assert measured_gib <= estimated <= 1.3 * measured_gib
+
+
 def test_every_flag_that_the_refusal_names_lowers_the_need() -> None:
     assert need(images=8) < 0.6 * need(images=16)
     assert need(pixels=400 * 533) < need()
     assert need("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64") < need()
+    cfg = load_recipe(COCO, ["MOCO.ACCUMULATE", "8"])
+    assert images_at_once(cfg, 1) == images_at_once(load_recipe(COCO), 8) == 2
     assert need("MOCO.PRECISION", "bf16") < need()
 
 

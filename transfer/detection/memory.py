@@ -15,8 +15,19 @@ over two iterations less what it held before (GiB):
      640  1  256    yes      2.50       2.60
      320  1  256    yes      1.05       1.07  bf16 autocast
 
-At the published size, 800 px and 512 regions, the sum is 5.5 GiB an image; 4.8 were measured. On a
-GPU it was not measured: the same sum is taken there, without the libraries' workspace.
+At the published size, 800 px and 512 regions, the sum is 5.5 GiB an image; 4.8 were measured.
+
+FPN keeps more of a pixel and less of a region, of which few were positive, and had masks, in these
+measurements of Mask R-CNN before training; so the estimate of a region is above what was measured:
+
+     320  1  128    yes      0.80       0.91
+     320  1  512    yes      0.84       1.05
+     320  2  128    yes      1.25       1.39
+     640  1  128    yes      2.10       2.20
+     320  1  512    yes      0.71       0.77  bf16 autocast
+     320  1  128    yes      0.81       1.00  4conv1fc
+
+On a GPU neither was measured: the same sums are taken there, without the libraries' workspace.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,8 +42,9 @@ from convert.errors import UserError
 from transfer.detection.recipes import images_at_once
 
 GIB = 2**30
-BYTES_A_PIXEL = 2300.0
-BYTES_A_REGION = 6.8e6
+BYTES_A_PIXEL, BYTES_A_REGION = 2300.0, 6.8e6  # of C4, at a pooled side of 14
+FPN_BYTES_A_PIXEL, FPN_BYTES_A_REGION = 4500.0, 0.4e6  # at a pooled side of 7
+BYTES_A_CONV = 0.15e6  # of the box head, a region
 OVERHEAD = 0.1 * GIB
 BF16_SHARE = 0.55  # of what float32 keeps
 
@@ -90,9 +102,13 @@ def needed_bytes(cfg: CfgNode, pixels: int, images: int, model: nn.Module) -> fl
         model: the detector.
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    pooled = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION / 14  # measured at the published 14
+    a_pixel, a_region, side = BYTES_A_PIXEL, BYTES_A_REGION, 14  # the published one
+    if "fpn" in cfg.MODEL.BACKBONE.NAME:
+        a_pixel, side = FPN_BYTES_A_PIXEL, 7
+        a_region = FPN_BYTES_A_REGION + BYTES_A_CONV * cfg.MODEL.ROI_BOX_HEAD.NUM_CONV
+    pooled = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION / side
     regions = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE * pooled**2
-    activations: float = images * (pixels * BYTES_A_PIXEL + regions * BYTES_A_REGION)
+    activations: float = images * (pixels * a_pixel + regions * a_region)
     if cfg.MOCO.PRECISION == "bf16":
         activations *= BF16_SHARE
     return activations + 2 * trained + OVERHEAD
