@@ -36,7 +36,7 @@ PROTOCOLS: dict[str, tuple[str, str, list[str]]] = {
         ["features", "cached", "standardize", "true", "lr", "0.01"],
     ),
     "logreg": ("logreg.py", "logreg/top1", ["l2_values", "8", "max_iter", "200"]),
-    "SVM": ("svm.py", "svm/top1", ["costs", ".01,.1,1,10"]),
+    "SVM": ("svm.py", "svm/top1", ["costs", ".01,.1,1", "max_iter", "500"]),
 }
 TAGGED = {
     "logreg mAP": ("logreg.py", "logreg/mAP", ["l2_values", "8", "max_iter", "200", "apart", ".4"]),
