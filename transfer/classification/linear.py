@@ -165,7 +165,7 @@ def _protocol(config: LinearConfig) -> dict[str, Any]:
         "standardize": config.standardize,
         "train_view": drawn if augmented else view,
         "val_view": view,
-        "precision": "fp32",
+        "precision": config.precision,
         "epochs": config.epochs,
         "start_epoch": config.start_epoch,
         "batch_size": config.batch_size,

@@ -1,5 +1,6 @@
 """One evaluation on frozen features: its device, images and backbones, and the record of it."""
 
+import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,12 @@ from transfer.classification.features import (
     open_backbone,
     pick_device,
 )
-from transfer.classification.request import ProbeConfig, Request, claim_folder
+from transfer.classification.request import (
+    ProbeConfig,
+    Request,
+    checkpoint_identity,
+    claim_folder,
+)
 from transfer.classification.sets import open_sets
 from transfer.results import write_results
 
@@ -42,13 +48,13 @@ class Probe:
         self.data = self.sets.as_dict()
         self.num_classes = len(self.sets.train.classes)
         self.backbone = open_backbone(request, config.seed)
-        self.checkpoint = self.backbone.facts.as_dict()
+        self.checkpoint = json.loads(json.dumps(self.backbone.facts.as_dict()))
 
     def identity(self, seed: int | None = None) -> dict[str, Any]:
         """Say in one flat mapping what makes a run, or one seed of it, the same as another."""
         return {
             **self.protocol,
-            "checkpoint": self.checkpoint["sha256"],
+            **checkpoint_identity(self.checkpoint),
             "train": self.data["train"]["listing"],
             "val": self.data["val"]["listing"],
             "seed": self.config.seed if seed is None else seed,
@@ -72,11 +78,17 @@ class Probe:
         say(f"output: {self.request.output_dir}{'' if done is None else ', already done'}")
         return done
 
-    def network(self, seed: int) -> FrozenNetwork:
-        """Return the frozen backbone; random initialisation is drawn anew from each seed."""
+    def network(self, seed: int, beside: Sequence[str] = ()) -> FrozenNetwork:
+        """Return the frozen backbone; random initialisation is drawn anew from each seed.
+
+        Args:
+            seed: of the repetition.
+            beside: more places than the config's stage where features are taken.
+        """
         anew = self.request.pretrained == RANDOM and seed != self.config.seed
         backbone = open_backbone(self.request, seed) if anew else self.backbone
-        return FrozenNetwork(backbone, self.config.stage, self.device)
+        config = self.config
+        return FrozenNetwork(backbone, config.stage, self.device, beside, config.precision)
 
     def train_features(self, network: FrozenNetwork) -> Features:
         """Return the features of the training images' test views."""
