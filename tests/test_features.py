@@ -156,7 +156,7 @@ def test_bf16_is_near_fp32_and_cached_apart(tmp_path, backbone, images):
     rough = compute(tmp_path, backbone, images, precision="bf16").values
     assert rough.dtype == torch.float32
     difference = (rough - exact).norm() / exact.norm()
-    assert 1e-5 < difference < 0.02
+    assert 1e-4 < difference < 0.04  # bf16 has 8 bits
     assert len(list((tmp_path / "out/features").glob("*.npy"))) == 2
 
 

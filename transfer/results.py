@@ -44,6 +44,7 @@ def write_results(
     checkpoint: Mapping[str, Any],
     data: Mapping[str, Any],
     started: float,
+    keep: bool = True,
 ) -> dict[str, Any]:
     """Write `results.json` into an output folder and return the record.
 
@@ -56,6 +57,7 @@ def write_results(
         checkpoint: name, sha256 and facts of what was evaluated.
         data: name, listing hash and counts.
         started: `time.time()` when the evaluation began.
+        keep: write the file; of several processes one does.
     """
     keys = list(per_seed[0])
     columns = {key: [float(seed[key]) for seed in per_seed] for key in keys}
@@ -75,7 +77,8 @@ def write_results(
         "seconds": round(time.time() - started, 1),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
     }
-    write_json(Path(output_dir) / FILE_NAME, record)
+    if keep:
+        write_json(Path(output_dir) / FILE_NAME, record)
     return record
 
 

@@ -178,9 +178,10 @@ class Views(Dataset[tuple[Tensor, int] | UserError]):
         pixels: Pixels,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        resize: int | None = None,
     ) -> None:
         self.images = images
-        self.image_size, self.resize = config.image_size, config.resize
+        self.image_size, self.resize = config.image_size, resize or config.resize
         self.pixels = pixels
         self.augmentation = augmentation
         self.seed = seed
@@ -357,6 +358,7 @@ def all_features(
     config: ProbeConfig,
     request: Request,
     what: str,
+    resize: int | None = None,
 ) -> dict[str, Features]:
     """Return the features of a set's test views, memory-mapped from the cache.
 
@@ -371,12 +373,14 @@ def all_features(
         config: image size, and the cache's folder.
         request: the output folder, reading processes, quiet.
         what: the set's name for the progress line.
+        resize: the shorter side of an image before its middle is cut out, px; None: the config's.
 
     Returns:
         Source -> features.
     """
     folder = Path(config.feature_cache) if config.feature_cache else request.output_dir / "features"
-    keys = _cache_keys(network, images, config)
+    resize = resize or config.resize
+    keys = _cache_keys(network, images, [resize, config.image_size])
     names = {source: _hash(key) for source, key in keys.items()}
     paths = {source: folder / f"{name}.npy" for source, name in names.items()}
     found = {s: values for s, p in paths.items() if (values := _mapped(p, len(images))) is not None}
@@ -386,7 +390,8 @@ def all_features(
         shown = ", ".join(str(path) for path in paths.values())
         request.say(f"features of {what}: {len(images)} images, from {shown}")
     else:
-        _compute({s: paths[s] for s in missing}, network, images, config, request, what)
+        views = Views(images, config, network.backbone.facts.pixels, resize=resize)
+        _compute({s: paths[s] for s in missing}, network, views, request, what)
         for source in missing:
             if distributed.rank() == 0:
                 write_json(paths[source].with_suffix(".json"), keys[source])
@@ -399,19 +404,18 @@ def all_features(
 def _compute(
     paths: Mapping[str, Path],
     network: FrozenNetwork,
-    images: ImageList,
-    config: ProbeConfig,
+    views: Views,
     request: Request,
     what: str,
 ) -> None:
     """Write the features of some sources, each batch as it comes, on the first process."""
-    views = Views(images, config, network.backbone.facts.pixels)
-    items = [(0, index) for index in range(len(images))]
+    images = len(views.images)
+    items = [(0, index) for index in range(images)]
     workers = reading_processes(request.workers, network.device)
     at_once = IMAGES_AT_ONCE[network.device.type] * distributed.size()
     first = 0
     with (
-        Progress(len(images), f"features of {what}", quiet=request.quiet) as progress,
+        Progress(images, f"features of {what}", quiet=request.quiet) as progress,
         ExitStack() as stack,
     ):
         files: dict[str, Any] = {}
@@ -420,7 +424,7 @@ def _compute(
                 value = found[source].cpu().numpy()
                 if distributed.rank() == 0 and source not in files:
                     temporary = stack.enter_context(atomic_write(path))
-                    shape = (len(images), value.shape[1])
+                    shape = (images, value.shape[1])
                     files[source] = open_memmap(temporary, "w+", np.float32, shape)
                 if distributed.rank() == 0:
                     files[source][first : first + len(value)] = value
@@ -432,7 +436,7 @@ def _compute(
 
 
 def _cache_keys(
-    network: FrozenNetwork, images: ImageList, config: ProbeConfig
+    network: FrozenNetwork, images: ImageList, view: list[int]
 ) -> dict[str, dict[str, Any]]:
     facts = network.backbone.facts
     dates = hashlib.sha256(repr([path.stat().st_mtime_ns for path in images.paths]).encode())
@@ -442,7 +446,7 @@ def _cache_keys(
         "network": [facts.arch, facts.stem, facts.stride_in_1x1],
         "listing": images.listing_hash(),
         "dates": dates.hexdigest(),
-        "view": [config.resize, config.image_size],
+        "view": view,
         "pixels": asdict(facts.pixels),
         "precision": network.precision,
         "device": network.device.type,

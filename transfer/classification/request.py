@@ -70,6 +70,7 @@ class Request:
     Attributes:
         pretrained: a checkpoint, or the word `random`.
         arch: the network that the checkpoint must hold; None: whatever it holds.
+        also_test: folders of shifted test sets; see `shifted.py`.
         branch, pixels, stride_in_1x1: what is said of the checkpoint, in the converter's words.
         folder: holds `train/` and `val/`; None: the embedded digits.
         output_dir: everything that the run writes.
@@ -89,6 +90,7 @@ class Request:
     branch: str | None = None
     pixels: str | None = None
     stride_in_1x1: str | None = None
+    also_test: tuple[Path, ...] = ()
 
     def say(self, text: str) -> None:
         """Print a line unless only results are wanted."""
