@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ from convert.resnets import (
     recognise_arch,
 )
 
+# The heads of MoCo v1 and v2: which tensors they have.
+HEADS = (
+    ("fc.weight", "fc.bias"),
+    ("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"),
+)
 RANDOM = "random"  # the word that asks for random initialisation by name
 
 
@@ -35,10 +40,13 @@ class Backbone:
     Attributes:
         weights: torchvision's names -> float32 tensors (counters int64), on the CPU.
         facts: where they come from and what they expect.
+        head: what pretraining put on the pooled feature, where that is known: `fc.weight` and
+            `fc.bias` (MoCo v1), or those of `fc.0` and `fc.2` with a ReLU between (v2); else empty.
     """
 
     weights: dict[str, Tensor]
     facts: Facts
+    head: dict[str, Tensor] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """Build the network around its weights; it gives the pooled (N, C) feature."""
@@ -84,7 +92,7 @@ def load_backbone(
         return Backbone(whole, _overruled(ours, where, options))
     fits = expected(found, stem, values, path, options)
     facts = _facts(found, values, path, arch, stem, fits)
-    return Backbone(whole, replace(facts, digest=digest))
+    return Backbone(whole, replace(facts, digest=digest), _head(found))
 
 
 def random_backbone(arch: str, seed: int) -> Backbone:
@@ -210,6 +218,16 @@ def _facts(
         else 1,
         dtype=str(found.weights["conv1.weight"].dtype).removeprefix("torch."),
     )
+
+
+def _head(found: Recognised) -> dict[str, Tensor]:
+    """Return the projection head of a file of MoCo's layout, if it is whole and finite."""
+    head = found.head_weights
+    known = found.layout.name == "moco" and any(head.keys() == set(names) for names in HEADS)
+    if not known or not all(_is_plain(name, tensor) for name, tensor in head.items()):
+        return {}
+    own = {name: _own(tensor) for name, tensor in head.items()}
+    return own if all(tensor.isfinite().all() for tensor in own.values()) else {}
 
 
 def _method(found: Recognised, values: Mapping[str, Any]) -> str:

@@ -277,6 +277,7 @@ class Recognised:
         weights: the backbone, torchvision's names.
         dropped: parts left behind -> their tensors, as `{"encoder_k": 320, "queue": 1}`.
         head: names below the root that are not the backbone, without the root.
+        head_weights: the tensors of `head`.
     """
 
     layout: Layout
@@ -287,6 +288,7 @@ class Recognised:
     weights: dict[str, Tensor]
     dropped: dict[str, int]
     head: list[str]
+    head_weights: dict[str, Tensor]
 
 
 def find_layout(values: Any, where: str, branch: str | None = None) -> Recognised:
@@ -303,6 +305,7 @@ def find_layout(values: Any, where: str, branch: str | None = None) -> Recognise
     states = _flatten(values, where)
     candidates = _candidates(states, where)
     keys = _keys(values)
+    tensors = {f"{_place(path)}{name}": t for path, s in states.items() for name, t in s.items()}
     names = [f"{_place(path)}{name}" for path, state in states.items() for name in state]
     if not candidates:
         raise UserError(_no_backbone(names or keys, where))
@@ -313,7 +316,7 @@ def find_layout(values: Any, where: str, branch: str | None = None) -> Recognise
             if found:
                 _refuse_ambiguity(layout, found, where)
                 chosen = _choose(found, branch, layout, where)
-                return _recognised(layout, chosen, found, names)
+                return _recognised(layout, chosen, found, names, tensors)
     raise UserError(
         f"{where}: holds {len(candidates)} backbones that differ, at {_listed(candidates)}, and no "
         "layout that is known here has both; save the one that you mean in a file of its own"
@@ -512,11 +515,16 @@ def _choose(
 
 
 def _recognised(
-    layout: Layout, branch: str, found: Mapping[str, list[Candidate]], names: list[str]
+    layout: Layout,
+    branch: str,
+    found: Mapping[str, list[Candidate]],
+    names: list[str],
+    tensors: Mapping[str, Tensor],
 ) -> Recognised:
     chosen = found[branch][0]
     taken = set(chosen.names.values())
     left = [name for name in names if name not in taken]
+    head = [name for name in left if name.startswith(chosen.root)]
     return Recognised(
         layout=layout,
         branch=branch,
@@ -525,7 +533,8 @@ def _recognised(
         root=chosen.root,
         weights=chosen.weights,
         dropped=dict(Counter(re.split(r"[./]", name)[0] for name in left)),
-        head=[name.removeprefix(chosen.root) for name in left if name.startswith(chosen.root)],
+        head=[name.removeprefix(chosen.root) for name in head],
+        head_weights={name.removeprefix(chosen.root): tensors[name] for name in head},
     )
 
 

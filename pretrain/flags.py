@@ -87,11 +87,12 @@ def build_parser(description: str) -> Parser:
     add("--cos", action="store_const", const="cos", dest="schedule", help="v2's schedule")
     add("--leak", action="store_true", default=None, help="allow a single batch norm group")
     add("--allow-small-set", action="store_true", default=None, help="allow K above the set's size")
-    _add_launch(parser)
+    add_launch(parser)
     return parser
 
 
-def _add_launch(parser: Parser) -> None:
+def add_launch(parser: Parser) -> None:
+    """Add the flags that say where this process finds the others."""
     add = parser.add_argument_group("several processes (torchrun needs none of these)").add_argument
     add("--multiprocessing-distributed", action="store_true", dest="spawn", help="one a GPU")
     add("--world-size", type=int, default=-1, dest="nodes", metavar="N", help="machines")

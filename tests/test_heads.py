@@ -60,7 +60,7 @@ def test_one_epoch_is_plain_sgd_with_momentum():
     weight = Head.untrained(config, 12, 10, 5, CPU).fc.weight.detach().clone()
     bias, velocity_w, velocity_b = torch.zeros(10), torch.zeros(10, 12), torch.zeros(10)
     sizes = []
-    for values, labels in cached_batches(features, 20, 5)(0):
+    for values, labels, _, _ in cached_batches(features, 20, 5)(0):
         error = (values @ weight.T + bias).softmax(1) - torch.eye(10)[labels]
         velocity_w = 0.9 * velocity_w + error.T @ values / len(labels)
         velocity_b = 0.9 * velocity_b + error.mean(0)
@@ -83,7 +83,7 @@ def test_the_rate_falls_to_a_tenth_at_each_step_of_the_schedule():
 def test_every_epoch_visits_every_image_once_in_an_order_of_its_own():
     features = Features(torch.arange(10.0)[:, None], torch.arange(10))
     batches = cached_batches(features, 4, seed=1)
-    first, again, second = ([y for _, y in batches(e)] for e in (0, 0, 1))
+    first, again, second = ([batch.labels for batch in batches(e)] for e in (0, 0, 1))
     assert [len(part) for part in first] == [4, 4, 2]
     assert sorted(torch.cat(first).tolist()) == sorted(torch.cat(second).tolist()) == [*range(10)]
     assert torch.equal(torch.cat(first), torch.cat(again))

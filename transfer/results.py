@@ -49,6 +49,7 @@ def write_results(
     started: float,
     recipe: Mapping[str, Any] | None = None,
     details: Mapping[str, Any] | None = None,
+    keep: bool = True,
 ) -> dict[str, Any]:
     """Write `results.json` into an output folder and return the record.
 
@@ -63,6 +64,7 @@ def write_results(
         started: `time.time()` when the evaluation began.
         recipe: what `name_recipe` says.
         details: what lies beneath the metrics.
+        keep: write the file; of several processes one does.
     """
     keys = list(per_seed[0])
     columns = {key: [float(seed[key]) for seed in per_seed] for key in keys}
@@ -84,7 +86,8 @@ def write_results(
         "seconds": round(time.time() - started, 1),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
     }
-    write_json(Path(output_dir) / FILE_NAME, record)
+    if keep:
+        write_json(Path(output_dir) / FILE_NAME, record)
     return record
 
 

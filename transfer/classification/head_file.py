@@ -19,6 +19,8 @@ from convert.backbone import Backbone, weights_digest
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
 from convert.files import atomic_write, write_text
+from pretrain import distributed
+from transfer.classification.grid import Grid
 from transfer.classification.heads import Head, Standardizer
 from transfer.classification.request import refuse_other_run
 
@@ -48,15 +50,15 @@ class HeadFile:
         self.latest: dict[str, Any] | None = None
         self.written = time.monotonic()
 
-    def keep(self, head: Head) -> None:
-        """Remember the classifier after an epoch, and write it if the last time was long ago."""
-        self.latest = head.snapshot()
+    def keep(self, head: Head, grid: Grid | None = None) -> None:
+        """Remember the classifiers after an epoch, and write them if the last time was long ago."""
+        self.latest = head.snapshot() | ({} if grid is None else {"grid": grid.snapshot()})
         if time.monotonic() - self.written > SECONDS_BETWEEN:
             self.write()
 
     def write(self) -> None:
         """Write what was last remembered, if it is not yet written."""
-        if self.latest is None:
+        if self.latest is None or distributed.rank() > 0:
             return
         latest, self.latest = self.latest, None
         raw = latest["fc"]
@@ -67,7 +69,10 @@ class HeadFile:
             "history": latest["history"],
             "identity": self.identity,
             "method": method,
+            "steps": latest["steps"],
         }
+        if "grid" in latest:
+            ours["grid"] = latest["grid"]
         content = {
             "epoch": latest["epoch"],
             "arch": self.backbone.facts.arch,
@@ -103,7 +108,9 @@ class HeadFile:
         if ours is not None:
             wanted = {k: v for k, v in self.identity.items() if k != may_change}
             refuse_other_run(path, ours["identity"], wanted)
-            return content | {"fc": ours["fc"], "history": ours["history"]}
+            return content | {k: v for k, v in ours.items() if k not in ("identity", "method")}
+        if "grid_lr" in self.identity:
+            raise UserError(f"{path}: another tool's classifier, without a grid; leave --grid out")
         if self.identity["standardize"]:
             raise UserError(f"{path}: another tool's classifier; use it with standardize false")
         return content | {"fc": fc, "best_acc1": float(content["best_acc1"]), "history": []}

@@ -5,10 +5,10 @@ Legend: N: training images; B: of a batch; D: width of a feature; C: classes.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,19 @@ from torch.nn.functional import cross_entropy
 from convert.errors import UserError
 from convert.progress import Progress
 from pretrain.views import Augmentation, epoch_order, generator
-from transfer.classification.features import Features, FrozenNetwork, Views
-from transfer.classification.request import ProbeConfig, require_at_least, require_one_of
+from transfer.classification.features import (
+    Features,
+    FrozenNetwork,
+    Views,
+    in_batches,
+    look_together,
+)
+from transfer.classification.request import (
+    ProbeConfig,
+    require_at_least,
+    require_one_of,
+    require_source,
+)
 
 LR_DECAY = 0.1  # at each step of the schedule
 INIT_STD = 0.01  # of the classifier's weights; its bias starts at 0
@@ -26,7 +37,24 @@ SCORED_AT_ONCE = 4096
 # torchvision's RandomResizedCrop of 8 to 100% of the area, and a flip.
 TRAIN_VIEW = Augmentation(crop_scale=(0.08, 1.0), jitter_p=0.0, gray_p=0.0, flip_p=0.5)
 
-Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> features (B, D), labels (B,)
+
+class Batch(NamedTuple):
+    """Training images of a step.
+
+    Attributes:
+        values: (B, D) features of the classifier in training. labels: (B,) classes.
+        places: (B,) which images of the training set these are, on the CPU.
+        beside: source -> features of the grid's classifiers, from the same pass.
+    """
+
+    values: Tensor
+    labels: Tensor
+    places: Tensor
+    beside: Mapping[str, Tensor] = {}
+
+
+Batches = Callable[[int], Iterator[Batch]]  # epoch -> its batches
+Beside = Callable[[Batch, float], None]  # batch, lr / initial lr -> others learn from it too
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,12 @@ class LinearConfig(ProbeConfig):
         lr: initial learning rate. schedule: epochs at which it falls to a tenth.
         momentum, weight_decay: of SGD.
         print_freq: steps between two progress notes.
+        max_steps: stop after so many steps, whatever the epochs; 0: after the last epoch.
+        grid: train a grid of classifiers on the same forward pass, choose one on a held-out share
+            of the training images, and report it beside the fixed protocol.
+        grid_lr, grid_weight_decay: the grid's. grid_features: where its features are taken, words
+            as of `stage`.
+        grid_held_out: share of the training images that the choice is made on.
     """
 
     features: str = "augmented"
@@ -55,6 +89,12 @@ class LinearConfig(ProbeConfig):
     momentum: float = 0.9
     weight_decay: float = 0.0
     print_freq: int = 10
+    max_steps: int = 0
+    grid: bool = False
+    grid_lr: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    grid_weight_decay: tuple[float, ...] = (0.0, 1e-5)
+    grid_features: tuple[str, ...] = ("res3", "res4", "res5")
+    grid_held_out: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse values that no training can have."""
@@ -64,10 +104,26 @@ class LinearConfig(ProbeConfig):
             require_at_least(key, getattr(self, key), 1)
         for key in ("start_epoch", "lr", "momentum", "weight_decay"):
             require_at_least(key, getattr(self, key), 0)
+        require_at_least("max_steps", self.max_steps, 0)
+        for key in ("grid_lr", "grid_weight_decay", "grid_features"):
+            values = getattr(self, key)
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"{key} is {list(values)}, want one value or more, each once")
+        require_at_least("grid_weight_decay", min(self.grid_weight_decay), 0)
+        if not min(self.grid_lr) > 0:
+            raise UserError(f"grid_lr holds {min(self.grid_lr)}, want numbers above 0")
+        for source in self.grid_features:
+            require_source("grid_features", source)
+        if not 0 < self.grid_held_out < 1:
+            raise UserError(f"grid_held_out is {self.grid_held_out}, want a share between 0 and 1")
 
     def lr_at(self, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 0."""
-        return self.lr * LR_DECAY ** sum(epoch >= step for step in self.schedule)
+        return self.lr * self.lr_factor(epoch)
+
+    def lr_factor(self, epoch: int) -> float:
+        """Return what an epoch multiplies the initial rate by."""
+        return LR_DECAY ** sum(epoch >= step for step in self.schedule)
 
 
 @dataclass
@@ -76,8 +132,9 @@ class Head:
 
     Attributes:
         fc: (B, D) -> (B, C). optimizer: SGD on its weight and bias, nothing else.
-        epoch: how many are done. best_acc1: top-1 of the best epoch, which the reference's file
-            layout has a place for; nothing is chosen by it. history: one entry an epoch.
+        epoch: how many are done. steps: the same in steps. best_acc1: top-1 of the best epoch,
+            which the reference's file layout has a place for; nothing is chosen by it.
+        history: one entry an epoch.
     """
 
     fc: nn.Linear
@@ -85,6 +142,7 @@ class Head:
     epoch: int = 0
     best_acc1: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
 
     @classmethod
     def untrained(
@@ -92,7 +150,7 @@ class Head:
     ) -> "Head":
         """Make a classifier with weights from N(0, .01), drawn from the seed, and bias 0."""
         fc = nn.Linear(width, num_classes)
-        nn.init.normal_(fc.weight, 0.0, INIT_STD, generator=generator(seed, "fc"))
+        fc.weight.data.copy_(initial_weight(width, num_classes, seed))
         nn.init.zeros_(fc.bias)
         fc.to(device)
         optimizer = torch.optim.SGD(
@@ -104,6 +162,7 @@ class Head:
         """Copy everything that going on needs."""
         return {
             "epoch": self.epoch,
+            "steps": self.steps,
             "best_acc1": self.best_acc1,
             "fc": {k: v.detach().cpu().clone() for k, v in self.fc.state_dict().items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
@@ -127,7 +186,13 @@ class Head:
         state = saved["optimizer"]["state"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.epoch, self.best_acc1 = saved["epoch"], saved["best_acc1"]
-        self.history = list(saved["history"])
+        self.history, self.steps = list(saved["history"]), saved.get("steps", 0)
+
+
+def initial_weight(width: int, num_classes: int, seed: int) -> Tensor:
+    """Draw a classifier's initial weights (C, D) from N(0, .01) and the seed alone."""
+    draw = generator(seed, "fc")
+    return nn.init.normal_(torch.empty(num_classes, width), 0.0, INIT_STD, generator=draw)
 
 
 @dataclass(frozen=True)
@@ -152,19 +217,26 @@ class Standardizer:
         """Return (B, D) values, shifted and scaled."""
         return (values - self.mean.to(values.device)) / self.std.to(values.device)
 
+    def features(self, features: Features) -> Features:
+        """Return features of a set, shifted and scaled."""
+        return Features(self(features.values), features.labels)
+
     def fold(self, fc: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the classifier that does the same on features as the backbone gives them."""
         weight = fc["weight"] / self.std
         return {"weight": weight, "bias": fc["bias"] - weight @ self.mean}
 
 
-def cached_batches(features: Features, batch_size: int, seed: int) -> Batches:
+def cached_batches(
+    features: Features, batch_size: int, seed: int, beside: Mapping[str, Features] | None = None
+) -> Batches:
     """Serve features that were computed once, each epoch in an order of its own."""
 
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(epoch: int) -> Iterator[Batch]:
         for places in epoch_order(len(features.labels), seed, epoch).split(batch_size):
             part = features.take(places)
-            yield part.values, part.labels
+            others = {source: found.values[places] for source, found in (beside or {}).items()}
+            yield Batch(part.values, part.labels, places, others)
 
     return batches
 
@@ -174,18 +246,28 @@ def augmented_batches(
 ) -> Batches:
     """Serve features of newly drawn views; order and draws depend on seed and epoch alone."""
 
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = epoch_order(len(views.images), views.seed, epoch).tolist()
-        items = [(epoch, index) for index in order]
-        for images, labels in views.batches(items, batch_size, network.device, workers):
-            yield network(images), labels
+    def batches(epoch: int) -> Iterator[Batch]:
+        order = epoch_order(len(views.images), views.seed, epoch)
+        items = in_batches([(epoch, index) for index in order.tolist()], batch_size)
+        seen = look_together(network, views, items, workers)
+        for places, (found, labels) in zip(order.split(batch_size), seen, strict=True):
+            yield Batch(found[network.stage], labels, places, found)
 
     return batches
 
 
-def standardized(batches: Batches, standardizer: Standardizer) -> Batches:
+def standardized(
+    batches: Batches,
+    standardizer: Standardizer,
+    beside: Mapping[str, Standardizer] | None = None,
+) -> Batches:
     """Serve the same batches, their features shifted and scaled."""
-    return lambda epoch: ((standardizer(values), labels) for values, labels in batches(epoch))
+
+    def scaled(batch: Batch) -> Batch:
+        others = {source: scale(batch.beside[source]) for source, scale in (beside or {}).items()}
+        return batch._replace(values=standardizer(batch.values), beside=others)
+
+    return lambda epoch: map(scaled, batches(epoch))
 
 
 @contextmanager
@@ -206,8 +288,9 @@ def train_head(
     config: LinearConfig,
     progress: Progress,
     after_epoch: Callable[[], None] = lambda: None,
+    beside: Beside | None = None,
 ) -> None:
-    """Train a classifier to the config's last epoch, scoring it after each one.
+    """Train a classifier to the config's last epoch or step, scoring it after each epoch.
 
     Args:
         head: goes on from the epochs that it has.
@@ -216,12 +299,15 @@ def train_head(
         config: length and learning rate.
         progress: counts images.
         after_epoch: called when an epoch is whole.
+        beside: called with every batch, for others that learn from it.
 
     Raises:
         UserError: the loss is no longer a number.
     """
     for epoch in range(head.epoch, config.epochs):
-        loss = _train_epoch(head, batches(epoch), epoch, config, progress)
+        if config.max_steps and head.steps >= config.max_steps:
+            return
+        loss = train_epoch(head, batches(epoch), epoch, config, progress, beside)
         top1, top5 = score(head.fc, val)
         head.epoch, head.best_acc1 = epoch + 1, max(head.best_acc1, top1)
         entry = {"loss": loss, "lr": config.lr_at(epoch), "val_top1": top1, "val_top5": top5}
@@ -229,19 +315,21 @@ def train_head(
         after_epoch()
 
 
-def _train_epoch(
+def train_epoch(
     head: Head,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[Batch],
     epoch: int,
     config: LinearConfig,
     progress: Progress,
+    beside: Beside | None,
 ) -> float:
     """Return the mean loss over the epoch's images."""
     device = head.fc.weight.device
     for group in head.optimizer.param_groups:
         group["lr"] = config.lr_at(epoch)
     total, count, note = 0.0, 0, ""
-    for step, (values, labels) in enumerate(batches):
+    for step, batch in enumerate(batches):
+        values, labels = batch.values, batch.labels
         loss = cross_entropy(head.fc(values.to(device)), labels.to(device))
         if not math.isfinite(loss.item()):
             raise UserError(
@@ -252,10 +340,15 @@ def _train_epoch(
         head.optimizer.zero_grad()
         loss.backward()
         head.optimizer.step()
+        if beside is not None:
+            beside(batch, config.lr_factor(epoch))
+        head.steps += 1
         total, count = total + loss.item() * len(labels), count + len(labels)
         if step % config.print_freq == 0:
             note = f"epoch {epoch + 1}, loss {loss.item():.4g}"
         progress.add(len(labels), note)
+        if head.steps == config.max_steps:
+            break
     return total / count
 
 

@@ -187,7 +187,7 @@ def _protocol(config: KnnConfig) -> dict[str, Any]:
         "task": "knn",
         "features": f"{config.stage}, average-pooled",
         "view": f"resize {config.resize}, centre crop {config.image_size}",
-        "precision": "fp32",
+        "precision": config.precision,
         "similarity": "cosine",
         "k": list(config.k),
         "temperature": config.temperature,

@@ -1,21 +1,30 @@
 """One evaluation on frozen features: its device, images and backbones, and the record of it."""
 
+import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from convert.backbone import RANDOM
+from pretrain import distributed
 from pretrain.config import as_dict
+from pretrain.sources import ImageList
 from transfer.classification.features import (
     Features,
     FrozenNetwork,
-    frozen_features,
+    all_features,
     open_backbone,
     pick_device,
 )
-from transfer.classification.request import ProbeConfig, Request, claim_folder
+from transfer.classification.request import (
+    ProbeConfig,
+    Request,
+    checkpoint_identity,
+    claim_folder,
+)
 from transfer.classification.sets import open_sets
+from transfer.classification.shifted import Shifted, describe, open_shifted
 from transfer.results import write_results
 
 
@@ -48,14 +57,15 @@ class Probe:
         self.sets = open_sets(request.folder, tagged=tagged)
         self.data = self.sets.as_dict()
         self.num_classes = len(self.sets.train.classes)
+        self.shifted = open_shifted(request.also_test, self.sets.train.classes)
         self.backbone = open_backbone(request, config.seed)
-        self.checkpoint = self.backbone.facts.as_dict()
+        self.checkpoint = json.loads(json.dumps(self.backbone.facts.as_dict()))
 
     def identity(self, seed: int | None = None) -> dict[str, Any]:
         """Say in one flat mapping what makes a run, or one seed of it, the same as another."""
         return {
             **self.protocol,
-            "checkpoint": self.checkpoint["sha256"],
+            **checkpoint_identity(self.checkpoint),
             "train": self.data["train"]["listing"],
             "val": self.data["val"]["listing"],
             "seed": self.config.seed if seed is None else seed,
@@ -79,29 +89,60 @@ class Probe:
         say(f"output: {self.request.output_dir}{'' if done is None else ', already done'}")
         return done
 
-    def network(self, seed: int) -> FrozenNetwork:
-        """Return the frozen backbone; random initialisation is drawn anew from each seed."""
+    def network(self, seed: int, beside: Sequence[str] = ()) -> FrozenNetwork:
+        """Return the frozen backbone; random initialisation is drawn anew from each seed.
+
+        Args:
+            seed: of the repetition.
+            beside: more places than the config's stage where features are taken.
+        """
         anew = self.request.pretrained == RANDOM and seed != self.config.seed
         backbone = open_backbone(self.request, seed) if anew else self.backbone
-        return FrozenNetwork(backbone, self.config.stage, self.device)
+        config = self.config
+        return FrozenNetwork(backbone, config.stage, self.device, beside, config.precision)
+
+    def features_of(
+        self, network: FrozenNetwork, images: ImageList, what: str
+    ) -> dict[str, Features]:
+        """Return the features of any images' test views at every source of the network."""
+        return all_features(network, images, self.config, self.request, what)
+
+    def all_train_features(self, network: FrozenNetwork) -> dict[str, Features]:
+        """Return the features of the training images' test views at every source."""
+        return self.features_of(network, self.sets.train, "train")
+
+    def all_val_features(self, network: FrozenNetwork) -> dict[str, Features]:
+        """Return the features of the validation images' test views at every source."""
+        return self.features_of(network, self.sets.val, "val")
+
+    def shifted_features(
+        self, network: FrozenNetwork
+    ) -> Iterator[tuple[Shifted, dict[str, Features]]]:
+        """Yield each shifted set with its features at every source."""
+        for part in self.shifted:
+            what = part.name if part.corruption is None else f"{part.name} {part.corruption}"
+            resize = self.config.image_size if part.ready else None
+            args = (network, part.images, self.config, self.request, what, resize)
+            yield part, all_features(*args)
 
     def train_features(self, network: FrozenNetwork) -> Features:
         """Return the features of the training images' test views."""
-        return frozen_features(network, self.sets.train, self.config, self.request, "train")
+        return self.all_train_features(network)[network.stage]
 
     def val_features(self, network: FrozenNetwork) -> Features:
         """Return the features of the validation images' test views."""
-        return frozen_features(network, self.sets.val, self.config, self.request, "val")
+        return self.all_val_features(network)[network.stage]
 
     def write(self, per_seed: Sequence[Mapping[str, float]], folder: Path) -> dict[str, Any]:
         """Write `results.json` into a folder and return it."""
         return write_results(
             folder,
+            keep=distributed.rank() == 0,
             task=self.task,
             per_seed=per_seed,
             protocol=self.protocol,
             config=as_dict(self.config) | {"device": str(self.device)},
             checkpoint=self.checkpoint,
-            data=self.data,
+            data=self.data | ({"also_test": describe(self.shifted)} if self.shifted else {}),
             started=self.started,
         )

@@ -17,6 +17,8 @@ from pretrain.config import CHECKPOINT_SUFFIXES, split_words
 from transfer.results import FILE_NAME, format_metrics
 
 STAGES = ("res2", "res3", "res4", "res5")
+HEAD_SOURCES = ("hidden", "output")
+PRECISIONS = ("fp32", "bf16")
 # Of the reference's validation transform: Resize(256), then CenterCrop(224).
 RESIZE_TO_CROP = 256 / 224
 
@@ -28,7 +30,9 @@ class ProbeConfig:
     Attributes:
         image_size: side of the square that the backbone sees, px. A test image is resized so that
             its shorter side is 256/224 of it, and the middle is cut out.
-        stage: whose average-pooled output is the feature; res5 is the whole backbone.
+        stage: where the feature is taken: `res2` to `res5`, average-pooled (res5 is the whole
+            backbone); `res4-2x2`, pooled to 2x2 cells; `hidden` or `output` of pretraining's head.
+        precision: of the network: fp32 or bf16; a feature is kept as float32 in both.
         seed: of the first repetition; the others count on from it.
         seeds: how many repetitions; their mean and spread are reported.
         feature_cache: folder where features are kept; empty: `features` in the output folder.
@@ -36,6 +40,7 @@ class ProbeConfig:
 
     image_size: int = 224
     stage: str = "res5"
+    precision: str = "fp32"
     seed: int = 0
     seeds: int = 1
     feature_cache: str = ""
@@ -44,7 +49,8 @@ class ProbeConfig:
         """Refuse values that no run can have."""
         for key in ("image_size", "seeds"):
             require_at_least(key, getattr(self, key), 1)
-        require_one_of("stage", self.stage, STAGES)
+        require_source("stage", self.stage)
+        require_one_of("precision", self.precision, PRECISIONS)
 
     @property
     def resize(self) -> int:
@@ -64,6 +70,8 @@ class Request:
     Attributes:
         pretrained: a checkpoint, or the word `random`.
         arch: the network that the checkpoint must hold; None: whatever it holds.
+        also_test: folders of shifted test sets; see `shifted.py`.
+        branch, pixels, stride_in_1x1: what is said of the checkpoint, in the converter's words.
         folder: holds `train/` and `val/`; None: the embedded digits.
         output_dir: everything that the run writes.
         resume: None, `auto` or a checkpoint of this run.
@@ -79,6 +87,10 @@ class Request:
     device: str | None = None
     workers: int | None = None
     quiet: bool = False
+    branch: str | None = None
+    pixels: str | None = None
+    stride_in_1x1: str | None = None
+    also_test: tuple[Path, ...] = ()
 
     def say(self, text: str) -> None:
         """Print a line unless only results are wanted."""
@@ -98,6 +110,29 @@ def require_one_of(key: str, value: str, known: Collection[str]) -> None:
         raise UserError(f"{key} is '{value}', want one of {', '.join(known)}")
 
 
+def require_source(key: str, value: str) -> None:
+    """Refuse a word that is no place where a feature can be taken."""
+    split_source(value, key)
+
+
+def split_source(source: str, key: str = "stage") -> tuple[str, int]:
+    """Split a source into its stage and the cells on a side: `res4-2x2` -> ("res4", 2).
+
+    Raises:
+        UserError: it is none.
+    """
+    stage, dash, cells = source.partition("-")
+    side, _, other = cells.partition("x")
+    plain = not dash and (stage in STAGES or stage in HEAD_SOURCES)
+    pooled = stage in STAGES and side == other and side.isdecimal() and 1 < int(side) < 8
+    if not plain and not pooled:
+        known = ", ".join((*STAGES, *HEAD_SOURCES))
+        raise UserError(
+            f"{key} is '{source}', want one of {known}, or a stage and its cells, as res4-2x2"
+        )
+    return stage, int(side) if pooled else 1
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every classification script has."""
     add = parser.add_argument
@@ -105,6 +140,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help="a recipe; KEY VALUE pairs override it")
     add("--pretrained", default="", metavar="FILE", help="checkpoint, released name, or random")
     add("-a", "--arch", metavar="NAME", help="network the checkpoint must hold (default: its own)")
+    add("--branch", metavar="NAME", help="which encoder of the checkpoint (default: its authors')")
+    add("--pixels", metavar="WORDS", help="what it expects of an image, as for the converter")
+    add("--stride-in-1x1", choices=["yes", "no"], help="where a bottleneck's stride is")
+    add("--precision", metavar="NAME", help="of the network: fp32 or bf16 (default: fp32)")
     add("--output-dir", type=Path, metavar="DIR", help="default: output/TASK/RECIPE/CHECKPOINT")
     add("--resume", metavar="auto|FILE", help="go on with, or print again, the run in --output-dir")
     add("--seed", type=int, metavar="N", help="fixes everything that is random (default: 0)")
@@ -145,6 +184,9 @@ def read_request(args: argparse.Namespace, task: str) -> tuple[Request, list[str
         device=args.device,
         workers=args.workers,
         quiet=args.quiet,
+        branch=args.branch,
+        pixels=args.pixels,
+        stride_in_1x1=args.stride_in_1x1,
     )
     return request, pairs
 
@@ -203,12 +245,21 @@ def refuse_other_run(path: Path, earlier: Mapping[str, Any], identity: Mapping[s
         )
 
 
+# What is said of a checkpoint beside its bytes, in its facts: other words make another network.
+SAID = ("branch", "channel_order", "mean", "std", "stride_in_1x1")
+
+
+def checkpoint_identity(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Say what makes a checkpoint, with what was said of it, the same as another."""
+    return {"checkpoint": checkpoint["sha256"]} | {key: checkpoint[key] for key in SAID}
+
+
 def record_identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """Say what run a finished record is of; see `Probe.identity`."""
     config = record["config"]
     return {
         **record["protocol"],
-        "checkpoint": record["checkpoint"]["sha256"],
+        **checkpoint_identity(record["checkpoint"]),
         "train": record["data"]["train"]["listing"],
         "val": record["data"]["val"]["listing"],
         "seed": config["seed"],
