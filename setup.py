@@ -25,7 +25,7 @@ setup(
         "transfer.classification",
         "transfer.detection",
     ],
-    package_data={"benchmarks": ["suites/*.yaml", "published/*.yaml"]},
+    package_data={"benchmarks": ["data.yaml", "suites/*.yaml", "published/*.yaml"]},
     install_requires=[
         # Below 2.10 weights_only loading has known holes: CVE-2025-32434, CVE-2026-24747.
         "torch>=2.10,<2.12",
