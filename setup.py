@@ -54,6 +54,8 @@ setup(
             "termcolor",
             "yacs",
         ],
+        # benchmarks/suite.py --on slurm
+        "slurm": ["submitit>=1.5.2"],
         "dev": [
             "mypy",
             "pytest",

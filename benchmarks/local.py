@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from benchmarks.jobs import Step
+from convert.errors import UserError
 from convert.files import ROOT
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -28,6 +29,7 @@ class Process:
 
     popen: subprocess.Popen[bytes]
     gpus: tuple[str, ...] = ()
+    why: str = ""
 
     def status(self) -> int | None:
         """Return the exit status, negative where a signal ended it; None while it runs."""
@@ -89,7 +91,18 @@ class Local:
         return [self._start(step) for step in steps]
 
     def find(self, step: Step) -> None:
-        """Return a job's work that an earlier call has left: here, none outlives its suite."""
+        """Return a job's work that an earlier call has left: here, none outlives its suite.
+
+        Raises:
+            UserError: that call had put it into SLURM's queue, where it still is.
+        """
+        from benchmarks.slurm import left_in_queue
+
+        if (job := left_in_queue(step)) is not None:
+            raise UserError(
+                f"{step.name}: is in SLURM's queue as job {job}; go on with --on slurm, or end it "
+                f"first: scancel {job}"
+            )
 
     def _start(self, step: Step) -> Process:
         gpus = self._free()[: self._gpus_of(step)] if step.job.gpu else ()

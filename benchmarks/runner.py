@@ -47,7 +47,13 @@ class Board(Protocol):
 
 
 class Work(Protocol):
-    """A job on its way."""
+    """A job on its way.
+
+    Attributes:
+        why: what is known of its end beside the status.
+    """
+
+    why: str
 
     def status(self) -> int | None:
         """Return the exit status, negative where a signal ended it; None while it goes on."""
@@ -217,7 +223,9 @@ class Runner:
         lacking = [p for name, p in step.job.makes.items() if status == 0 and not step.made(name)]
         step.state = "failed" if status or lacking else "done"
         step.reason = ""
-        if status < 0:
+        if child.work.why:
+            step.reason = child.work.why
+        elif status < 0:
             name = signal.Signals(-status).name
             step.reason = f"ended by {name}" + (", out of memory?" if name == "SIGKILL" else "")
         elif status:
