@@ -16,10 +16,9 @@ def forecast(
         lines += [_line(step, place), f"    {' '.join(step.job.command)}"]
     lines += left_open(steps, rows)
     left = [step for step in steps if not step.finished() and step.state != "open"]
-    minutes = sum(step.job.minutes or 0 for step in left)
-    unknown = sum(step.job.minutes is None for step in left)
-    said = f", {unknown} jobs of unknown length beside" if unknown else ""
-    total = f"about {_time(minutes)} of jobs one after the other{said}, {place.describe()}"
+    total = f"to run: {_sum(left)}, {place.describe()}"
+    if len(left) < len(steps):
+        total = f"all of it: {_sum(steps)}; {total}"
     costs = [f"times and memory: {suite.costs}"] if suite.costs else []
     return [*lines, *costs, f"{total}; nothing was run or written"]
 
@@ -40,7 +39,8 @@ def left_open(steps: Sequence[Step], rows: Sequence[Mapping[str, Any]]) -> list[
             lines.append(f"open: {', '.join(names)}: {reason}")
     closed = [step.name for step in steps if step.state == "open"]
     if closed:
-        lines.append(f"{len(closed)} of {len(steps)} jobs stay open: {', '.join(closed)}")
+        cells = ", ".join(name for name in closed if "/" in name) or ", ".join(closed)
+        lines.append(f"{len(closed)} of {len(steps)} jobs stay open: {cells}")
     for row in rows:
         who = f"filled by {row['by']}" if row["by"] else f"stays open, wants {_facts(row['wants'])}"
         lines.append(f"row: {row['table']}, {row['row']} ({row['task']}): {who}")
@@ -61,6 +61,13 @@ def _line(step: Step, place: Place) -> str:
     if step.needs:
         parts.append(f"after {', '.join(step.needs)}")
     return ", ".join(parts)
+
+
+def _sum(steps: Sequence[Step]) -> str:
+    minutes = sum(step.job.minutes or 0 for step in steps)
+    unknown = sum(step.job.minutes is None for step in steps)
+    beside = f" and {unknown} of unknown length" if unknown else ""
+    return f"{len(steps)} jobs, about {_time(minutes)} one after the other{beside}"
 
 
 def _time(minutes: float) -> str:

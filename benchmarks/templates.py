@@ -2,6 +2,7 @@
 
 A suite is a YAML file (`benchmarks/suites/*.yaml`):
 
+    _BASE_:   suites beside it whose tables and jobs it takes over, before its own
     title:    one line for the page
     parallel: how many jobs run at once
     costs:    where minutes and gpu_gb come from
@@ -30,6 +31,7 @@ from benchmarks.needs import read_sets
 from convert.errors import UserError, nearest
 
 DATA = Path(__file__).resolve().parent / "data.yaml"
+BASE = "_BASE_"
 KEYS = ("title", "parallel", "costs", "data", "tables", "jobs")
 JOB_KEYS = (
     *("command", "makes", "stdout", "data", "wants", "inits", "seeds"),
@@ -64,7 +66,7 @@ def load_suite(word: str, overrides: Sequence[Override] = (), seeds: int | None 
         known = [path.stem for path in SUITES.glob("*.yaml")]
         raise UserError(f"suite '{word}': not found; suites near it: {nearest(word, known)}")
     where = f"suite {file}"
-    content = _known_keys(_read(file), KEYS, where)
+    content = _with_bases(file)
     templates = content.get("jobs")
     if not isinstance(templates, dict) or not templates:
         raise UserError(f"{where}: found no jobs; want jobs: NAME: command: python script.py")
@@ -91,6 +93,26 @@ def load_suite(word: str, overrides: Sequence[Override] = (), seeds: int | None 
         sets={name: sets[name] for name in dict.fromkeys(n for job in jobs for n in job.data)},
         tables=_tables(content.get("tables", {}), where),
     )
+
+
+def _with_bases(file: Path) -> dict[str, Any]:
+    """Read a suite's file; jobs, tables and data of its bases come before its own."""
+    own = _known_keys(_read(file), (*KEYS, BASE), f"suite {file}")
+    bases = own.pop(BASE, [])
+    content: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        found = _known_keys(_read(file.parent / str(base)), KEYS, f"suite {file.parent / base}")
+        content = _joined(content, found)
+    return _joined(content, own)
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Put two files together: mappings entry by entry, all else as the second has it."""
+    both = {**first, **second}
+    for key in ("data", "tables", "jobs"):
+        if isinstance(first.get(key), dict) and isinstance(second.get(key), dict):
+            both[key] = {**first[key], **second[key]}
+    return both
 
 
 def _read(file: Path) -> Any:

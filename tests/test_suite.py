@@ -656,3 +656,16 @@ def test_every_script_and_recipe_that_a_suite_names_exists(file):
         for word in job.command[1:]:
             if word.endswith((".py", ".yaml")):
                 assert (ROOT / word).is_file(), f"{job.name}: {word}"
+
+
+def test_a_forecast_sums_the_suites_own_costs_and_says_their_source(write, work, run, out, sets):
+    jobs = {
+        "long/moco": {"command": f"{work} {{processes}}", "minutes": 90, "gpu_gb": 4.8},
+        "short/moco": {"command": work, "minutes": 30, "data": "flowers"},
+    }
+    jobs["long/moco"]["processes"] = 8
+    done = run(write(jobs, data=sets, costs="a table"), "--dry-run", "--processes", "2")
+    assert "would run: long/moco, about 1.5 h, 4.8 GB a GPU, 2 of 8 processes" in done.stdout
+    assert "times and memory: a table" in done.stdout
+    assert "all of it: 2 jobs, about 2.0 h one after the other; to run: 1 jobs" in done.stdout
+    assert not out.exists()
