@@ -50,7 +50,7 @@ def left_open(steps: Sequence[Step], rows: Sequence[Mapping[str, Any]]) -> list[
 def _line(step: Step, place: Place) -> str:
     state = "open" if step.state == "open" else "would run"
     parts = [f"{'done before' if step.finished() else state}: {step.name}"]
-    if step.job.minutes:
+    if step.job.minutes and not step.reduced:
         parts.append(f"about {_time(step.job.minutes)}")
     if step.job.gpu_gb:
         parts.append(f"{step.job.gpu_gb:g} GB a GPU")
@@ -64,8 +64,8 @@ def _line(step: Step, place: Place) -> str:
 
 
 def _sum(steps: Sequence[Step]) -> str:
-    minutes = sum(step.job.minutes or 0 for step in steps)
-    unknown = sum(step.job.minutes is None for step in steps)
+    times = [None if step.reduced else step.job.minutes for step in steps]
+    minutes, unknown = sum(time or 0 for time in times), times.count(None)
     beside = f" and {unknown} of unknown length" if unknown else ""
     return f"{len(steps)} jobs, about {_time(minutes)} one after the other{beside}"
 
