@@ -236,9 +236,20 @@ class Slurm:
         return [works[step.name] for step in steps]
 
     def find(self, step: Step) -> Queued | None:
-        """Return a job that an earlier call left in the queue, or that has ended since."""
+        """Return a job that an earlier call left in the queue, or that has ended since.
+
+        Raises:
+            UserError: that job has other inputs than this one and is still in the queue.
+        """
         ticket = read(ticket_of(step))
-        if ticket.get("key") != step.key or "job" not in ticket:
+        if "job" not in ticket:
+            return None
+        if ticket.get("key") != step.key:
+            if (job := left_in_queue(step)) is not None:
+                raise UserError(
+                    f"{step.name}: its inputs changed, and its old job {job} is still in SLURM's "
+                    f"queue; end it first: scancel {job}"
+                )
             return None
         if step.remembered().get("state") != "running":
             return None

@@ -156,6 +156,10 @@ def test_a_killed_suite_finds_its_jobs_in_the_queue_again(tmp_path):
     process.wait()
     refused = run(suite, out, status=2)  # not beside them, in the same folders
     assert f"is in SLURM's queue as job {job_of(out, 'a')}" in refused
+    (tmp_path / "counts.py").write_text(f"{COUNTS}# changed")
+    refused = run(suite, out, "--on", "slurm", status=2)
+    assert f"its inputs changed, and its old job {job_of(out, 'a')} is still in" in refused
+    (tmp_path / "counts.py").write_text(COUNTS)
     said = run(suite, out, "--on", "slurm")
     assert "a: is running since an earlier call" in said
     assert (out / "a/starts").read_text() == (out / "b/starts").read_text() == "0 "
@@ -187,6 +191,17 @@ def test_a_cancelled_job_is_tried_once_more_and_then_reported(tmp_path):
     assert process.returncode == 1
     assert f"SLURM job {job_of(out, 'a')} left the queue (cancelled)" in said
     assert states(out) == {"a": "failed"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("slurm")
+def test_what_sbatch_refuses_is_one_line_and_the_next_call_goes_on(suite, tmp_path):
+    said = run(suite, tmp_path / "out", "--on", "slurm", "--slurm", "partition=nowhere", status=2)
+    assert "suite.py: --on slurm: sbatch refused a job: " in said
+    assert "invalid partition" in said
+    assert "Traceback" not in said
+    run(suite, tmp_path / "out", "--on", "slurm")
+    assert set(states(tmp_path / "out").values()) == {"done"}
 
 
 def test_without_slurm_it_is_one_line(suite, tmp_path):
