@@ -26,7 +26,7 @@ setup(
         "transfer.detection",
         "transfer.segmentation",
     ],
-    package_data={"benchmarks": ["suites/*.yaml", "published/*.yaml"]},
+    package_data={"benchmarks": ["data.yaml", "suites/*.yaml", "published/*.yaml"]},
     install_requires=[
         # Below 2.10 weights_only loading has known holes: CVE-2025-32434, CVE-2026-24747.
         "torch>=2.10,<2.12",
@@ -56,6 +56,8 @@ setup(
             "termcolor",
             "yacs",
         ],
+        # benchmarks/suite.py --on slurm
+        "slurm": ["submitit>=1.5.2"],
         "dev": [
             "mypy",
             "pytest",

@@ -13,7 +13,15 @@ HEARTBEAT_S = 60.0
 TAIL = 15  # lines of a failed job's log
 BAR = 12
 _OF = re.compile(r"(?<![\d./-])(\d+) ?/ ?(\d+)(?![\d./-])")
-_COLOURS = {"done": 32, "reused": 32, "running": 36, "failed": 31, "skipped": 33, "stopped": 33}
+_COLOURS = {
+    "done": 32,
+    "reused": 32,
+    "running": 36,
+    "failed": 31,
+    "skipped": 33,
+    "stopped": 33,
+    "open": 33,
+}
 
 
 def make_board(quiet: bool) -> Board:

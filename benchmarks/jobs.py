@@ -1,19 +1,14 @@
 """The job graph of a suite: which commands, in which order, and which are already done.
 
-A suite is a YAML file (`benchmarks/suites/*.yaml`):
-
-    title:    one line for the page
-    parallel: how many jobs run at once
-    jobs:     NAME: {command, makes, stdout, minutes}, in the order in which they should start
-
-`command` is what a user would type. Placeholders stand in it: `{output}` is the job's own folder;
-any other name is a file that another job `makes` (a name and a pattern inside that job's folder) or
-that was given on the command line. So the edges of the graph are never written down twice.
+A job's command is what a user would type. Placeholders stand in it: `{output}` is the job's own
+folder, `{processes}` how many processes it gets; any other name is a file that another job `makes`
+(a name and a pattern inside that job's folder), one that was given on the command line, or a
+folder of data (benchmarks/needs.py). So the edges of the graph are never written down twice.
 
 A job's key hashes everything that decides its outcome: its command, the contents of the files
 named in it (recipes with their `_BASE_` chains), our code that it runs, the versions of the
-libraries, and the keys of the jobs whose files it reads. A job that ended well under the same key
-is never run again.
+libraries, the data that it declares, and the keys of the jobs whose files it reads. A job that
+ended well under the same key is never run again.
 """
 
 import hashlib
@@ -29,14 +24,16 @@ from typing import Any
 
 import yaml
 
+from benchmarks.needs import DataSet, Placed
 from convert.errors import UserError, nearest
 from convert.files import ROOT, environment, sha256, write_json
 
 SUITES = Path(__file__).resolve().parent / "suites"
 FOLDERS = ("convert", "pretrain", "transfer", "benchmarks")  # a folder imports those to its left
 RECORDS, REPLACED = "jobs", "replaced"
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)*")
+CHECKPOINT = "checkpoint"  # the file of the command line; for several, checkpoint.ROW
+_PLACEHOLDER = re.compile(r"\{([\w./-]+)\}")
+_OURS = ("output", "processes")
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,12 @@ class Job:
         command: its words; the first is `python`, the second a script.
         makes: name of a file for other jobs -> its pattern inside the job's folder.
         stdout: the file that takes what the command prints; None: it goes to the log.
-        minutes: what it took on two cores, for a forecast only.
+        minutes: how long it takes, for a forecast only; on what, the suite's `costs` says.
+        gpu_gb: memory on each GPU, for the forecast.
+        processes: how many train together at most; gpu: whether they want a GPU each.
+        data: names of the sets that it reads, see needs.py.
+        wants: fact of a checkpoint -> values that it may have, `arch: [resnet50]`.
+        reduced: settings that were overridden on the command line.
     """
 
     name: str
@@ -56,23 +58,46 @@ class Job:
     makes: Mapping[str, str] = field(default_factory=dict)
     stdout: str | None = None
     minutes: float | None = None
+    gpu_gb: float | None = None
+    processes: int = 1
+    gpu: bool = True
+    data: tuple[str, ...] = ()
+    wants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reduced: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reads(self) -> list[str]:
         """The names of the files that other jobs make for this one."""
         found = [name for word in self.command for name in _PLACEHOLDER.findall(word)]
-        return [name for name in dict.fromkeys(found) if name != "output"]
+        return [name for name in dict.fromkeys(found) if name not in _OURS]
+
+    @property
+    def launches_itself(self) -> bool:
+        """Whether the script starts its processes itself, told how many, and not torchrun."""
+        return any("{processes}" in word for word in self.command)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite as its file says it; `typed` is how its user named it."""
+    """A suite as its file says it.
+
+    Attributes:
+        name: its file's; typed: how its user named it; title: for the page.
+        parallel: how many jobs run at once.
+        jobs: what to run.
+        costs: where minutes and gpu_gb come from.
+        sets: the data that its jobs read, by name.
+        tables: table of a paper -> rows, each with the task and the facts that fill it.
+    """
 
     name: str
     typed: str
     title: str
     parallel: int
     jobs: tuple[Job, ...]
+    costs: str = ""
+    sets: Mapping[str, DataSet] = field(default_factory=dict)
+    tables: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,22 +109,31 @@ class Step:
         key: hash of everything that decides the outcome.
         needs: names of the jobs that come first.
         root: the suite's output folder.
-        state: waits, running, done, reused, failed, skipped or stopped.
+        sets: the data that it reads.
+        reduced: what was overridden, here or in a job that it needs.
+        state: waits, running, done, reused, failed, skipped, stopped, or open: the data or the
+            checkpoint at hand cannot serve it.
         seconds: what it took, attempts that were cut included.
         status: exit status of the command.
         reason: why it failed or was skipped.
         argv: the command with its placeholders filled, once it has started.
+        attempts: how often this call has started it.
+        data: what shows that its data was exchanged.
     """
 
     job: Job
     key: str
     needs: tuple[str, ...]
     root: Path
+    sets: tuple[Placed, ...] = ()
+    reduced: Mapping[str, str] = field(default_factory=dict)
     state: str = "waits"
     seconds: float = 0.0
     status: int | None = None
     reason: str = ""
     argv: tuple[str, ...] = ()
+    attempts: int = 0
+    data: list[Any] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -120,6 +154,11 @@ class Step:
     def record(self) -> Path:
         """Where the suite remembers how the job ended."""
         return self.root / RECORDS / f"{self.name}.json"
+
+    @property
+    def stdout(self) -> Path | None:
+        """Where what it prints goes first, if that is to be a file of its own."""
+        return self.record.with_suffix(".stdout") if self.job.stdout else None
 
     @property
     def resumes(self) -> bool:
@@ -160,10 +199,16 @@ class Step:
             "status": self.status,
             "reason": self.reason,
             "seconds": round(self.seconds, 1),
+            "attempts": self.attempts,
             "command": shlex.join(self.argv or self.job.command),
             "log": str(self.log.relative_to(self.root)),
             "key": self.key,
-        }
+            "data": self.data,
+        } | ({"reduced": dict(self.reduced)} if self.reduced else {})
+
+    def lost_data(self) -> str:
+        """Say what is missing of the data that it reads; empty where all is there."""
+        return "; ".join(line for placed in self.sets for line in placed.missing())
 
     def prepare(self) -> str:
         """Make the job's folder ready for another attempt and say in a line what was done to it.
@@ -190,102 +235,75 @@ class Step:
         return line
 
 
-def load_suite(word: str) -> Suite:
-    """Read a suite by its name (`quick`) or from a YAML file.
-
-    Raises:
-        UserError: no such suite, not YAML, an unknown key, or a job that is not well formed.
-    """
-    file = Path(word) if Path(word).suffix in {".yaml", ".yml"} else SUITES / f"{word}.yaml"
-    if not file.is_file():
-        known = [path.stem for path in SUITES.glob("*.yaml")]
-        raise UserError(f"suite '{word}': not found; suites near it: {nearest(word, known)}")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"suite {file}: cannot be read as YAML ({error})") from error
-    _known_keys(content, ("title", "parallel", "jobs"), f"suite {file}")
-    jobs = content.get("jobs")
-    if not isinstance(jobs, dict) or not jobs:
-        raise UserError(f"suite {file}: found no jobs; want jobs: NAME: command: python script.py")
-    parallel = content.get("parallel", 1)
-    if not isinstance(parallel, int) or parallel < 1:
-        raise UserError(f"suite {file}: parallel is {parallel!r}, want a whole number from 1")
-    return Suite(
-        name=file.stem,
-        typed=word,
-        title=str(content.get("title", file.stem)),
-        parallel=parallel,
-        jobs=tuple(_job(str(name), value, f"suite {file}") for name, value in jobs.items()),
-    )
-
-
-def plan(suite: Suite, given: Mapping[str, Path], root: Path) -> list[Step]:
+def plan(
+    suite: Suite, given: Mapping[str, Path], root: Path, roots: Mapping[str, Path] | None = None
+) -> list[Step]:
     """Lay a suite out in an output folder, each job after the ones whose files it reads.
 
     Args:
         suite: what to run.
         given: files of the command line by name; a job that makes nothing else is left out.
         root: the suite's output folder.
+        roots: folders of data by name.
 
     Raises:
         UserError: a file that no job makes, or jobs that wait for each other.
     """
+    roots = roots or {}
     jobs = [job for job in suite.jobs if not job.makes or not set(job.makes) <= set(given)]
     makers = {name: job for job in jobs for name in job.makes if name not in given}
+    folders = {name for found in suite.sets.values() for name in found.roots}
     for job in jobs:
         for name in job.reads:
-            if name not in makers and name not in given:
-                known = nearest(name, {*makers, *given, "output"})
+            if name not in makers and name not in given and name not in {*folders, CHECKPOINT}:
+                known = nearest(name, {*makers, *given, *folders, *_OURS})
                 raise UserError(
                     f"suite {suite.name}: job {job.name} reads {{{name}}}, which no job makes; "
                     f"names near it: {known}"
                 )
-    hashes = {name: sha256(path) for name, path in given.items()}
+    hashes = {name: _hash(path) for name, path in given.items()}
     steps: dict[str, Step] = {}
     for job in _in_order(suite.name, jobs, makers):
         needs = tuple(dict.fromkeys(makers[name].name for name in job.reads if name in makers))
         inputs = {
             name: steps[makers[name].name].key if name in makers else hashes[name]
             for name in job.reads
+            if name in makers or name in hashes
         }
-        steps[job.name] = Step(job, _key(job, inputs), needs, root)
+        sets = tuple(suite.sets[name].placed(roots) for name in job.data)
+        reduced = {k: v for name in needs for k, v in steps[name].reduced.items()}
+        step = Step(job, "", needs, root, sets, reduced | dict(job.reduced))
+        lost = step.lost_data()
+        # What was measured stays so when the data is taken away.
+        step.data = step.remembered().get("data", []) if lost else [p.fingerprint() for p in sets]
+        step.key = _key(job, inputs, step.data)
+        if step.finished():
+            pass
+        elif CHECKPOINT in job.reads and CHECKPOINT not in {*makers, *given}:
+            step.state, step.reason = "open", "wants a checkpoint on the command line"
+        elif lost:
+            step.state, step.reason = "open", lost
+        elif closed := [name for name in needs if steps[name].state == "open"]:
+            step.state, step.reason = "open", f"needs {closed[0]}: {steps[closed[0]].reason}"
+        steps[job.name] = step
     # The order of the file is the order of starting: a job goes as soon as its own needs are done.
     return [steps[job.name] for job in jobs]
 
 
-def resolve(step: Step, steps: list[Step], given: Mapping[str, Path]) -> tuple[str, ...]:
+def resolve(
+    step: Step, steps: list[Step], given: Mapping[str, Path], processes: int = 1
+) -> tuple[str, ...]:
     """Fill a command's placeholders with paths, relative to the repository where they lie in it."""
     files = dict(given) | {"output": step.folder}
+    for placed in step.sets:
+        files |= placed.roots
     for other in steps:
         for name in other.job.makes:
             made = other.made(name) if name in step.job.reads and name not in given else None
             if made is not None:
                 files[name] = made
-    shown = {name: _shown(path) for name, path in files.items()}
+    shown = {name: _shown(path) for name, path in files.items()} | {"processes": str(processes)}
     return tuple(_PLACEHOLDER.sub(lambda m: shown.get(m[1], m[0]), w) for w in step.job.command)
-
-
-def _job(name: str, value: Any, where: str) -> Job:
-    where = f"{where}: job {name}"
-    if not _NAME.fullmatch(name) or name.split("/")[0] in {RECORDS, REPLACED}:
-        raise UserError(f"{where}: a name is lower-case words, as in coco/moco, not '{name}'")
-    _known_keys(value, ("command", "makes", "stdout", "minutes"), where)
-    words = tuple(shlex.split(str(value.get("command", ""))))
-    if len(words) < 2 or words[0] != "python":
-        raise UserError(f"{where}: command is {' '.join(words)!r}, want: python script.py ...")
-    makes = value.get("makes", {})
-    if not isinstance(makes, dict) or "output" in makes:
-        raise UserError(f"{where}: makes is {makes!r}, want NAME: file pattern, not named output")
-    return Job(name, words, makes, value.get("stdout"), value.get("minutes"))
-
-
-def _known_keys(content: Any, known: tuple[str, ...], where: str) -> None:
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: found {content!r}, want KEY: VALUE lines ({', '.join(known)})")
-    for key in content:
-        if key not in known:
-            raise UserError(f"{where}: unknown key '{key}'; known: {nearest(str(key), known)}")
 
 
 def _in_order(suite: str, jobs: list[Job], makers: Mapping[str, Job]) -> Iterator[Job]:
@@ -306,7 +324,7 @@ def _in_order(suite: str, jobs: list[Job], makers: Mapping[str, Job]) -> Iterato
         waiting = [job for job in waiting if job.name not in done]
 
 
-def _key(job: Job, inputs: Mapping[str, str]) -> str:
+def _key(job: Job, inputs: Mapping[str, str], data: list[Any]) -> str:
     facts = {
         "command": job.command,
         "stdout": job.stdout,
@@ -315,6 +333,7 @@ def _key(job: Job, inputs: Mapping[str, str]) -> str:
         "code": _code(job.command[1]),
         "versions": environment()["versions"],
         "inputs": dict(inputs),
+        "data": data,
     }
     canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -322,6 +341,17 @@ def _key(job: Job, inputs: Mapping[str, str]) -> str:
 
 def _is_file(word: str) -> bool:
     return bool(word) and not _PLACEHOLDER.search(word) and (ROOT / word).is_file()
+
+
+def _hash(path: Path) -> str:
+    """Hash a file; once, as long as it stays as it is."""
+    found = path.stat()
+    return _hash_of(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _hash_of(path: Path, size: int, changed_ns: int) -> str:
+    return sha256(path)
 
 
 @cache

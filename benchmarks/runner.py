@@ -1,34 +1,35 @@
-"""Runs the jobs of a suite as processes on this machine: at most so many at once, none twice.
+"""Runs the jobs of a suite: each once, as soon as its needs are done, wherever `place` puts them.
 
-Every child is a session of its own, so that a Ctrl-C on the terminal reaches it once, from us, and
-its save is waited for. All of them hold the suite's lock, so that no second suite writes beside a
-child that outlived a killed one; on Linux such a child is asked to save and end as well.
+A job that fails is tried once more, unless it says that its user can mend it (status 2); then it
+is reported with its log's end, and the others go on.
 """
 
 import contextlib
-import ctypes
+import errno
 import fcntl
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Any, Protocol
 
 from benchmarks.jobs import Step, Suite, resolve
+from benchmarks.local import Local, cores
 from convert.errors import Stopped, UserError
-from convert.files import ROOT, environment, write_json
+from convert.files import environment, write_json
 
 SCHEMA = 1
 SUMMARY = "suite.json"
 TICK_S = 0.2
 GRACE_S = 60.0  # for a child to save after a signal
 ORPHAN_S = 30.0  # for the children of a killed suite to end
+ATTEMPTS = 2
+MENDABLE = 2  # exit status: the user can mend it, another attempt cannot
 GOOD = ("done", "reused")
+BAD = ("failed", "skipped", "open")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -45,13 +46,58 @@ class Board(Protocol):
         """Show where everything stands; called several times a second."""
 
 
+class Work(Protocol):
+    """A job on its way.
+
+    Attributes:
+        why: what is known of its end beside the status.
+    """
+
+    why: str
+
+    def status(self) -> int | None:
+        """Return the exit status, negative where a signal ended it; None while it goes on."""
+
+    def stop(self, signum: int) -> None:
+        """Pass a signal on."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it has ended; what has not by then is killed."""
+
+
+class Place(Protocol):
+    """Where jobs run.
+
+    Attributes:
+        stays: whether jobs go on when the suite is stopped.
+        lock: file descriptor of the suite's lock.
+    """
+
+    stays: bool
+    lock: int
+
+    def describe(self) -> str:
+        """Say where jobs run."""
+
+    def processes(self, step: Step) -> int:
+        """Say how many processes a job gets."""
+
+    def room(self, step: Step) -> bool:
+        """Say whether a job can start now."""
+
+    def start(self, steps: Sequence[Step]) -> Sequence[Work]:
+        """Start jobs that can."""
+
+    def find(self, step: Step) -> Work | None:
+        """Return a job's work that an earlier call has left."""
+
+
 @dataclass
 class Child:
-    """A job's process."""
+    """A job on its way, and since when."""
 
     step: Step
-    process: subprocess.Popen[bytes]
-    stdout: Path | None
+    work: Work
     before_s: float  # what earlier attempts took
     started: float = field(default_factory=time.monotonic)
 
@@ -70,6 +116,8 @@ class Runner:
         given: files of the command line by name.
         root: the output folder.
         board: what shows it.
+        place: where the jobs run.
+        notes: what else suite.json shall say.
     """
 
     suite: Suite
@@ -77,6 +125,8 @@ class Runner:
     given: Mapping[str, Path]
     root: Path
     board: Board
+    place: Place = field(default_factory=lambda: Local(1))
+    notes: Mapping[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     children: list[Child] = field(default_factory=list)
     written: list[str] = field(default_factory=list)  # the states that suite.json has
@@ -86,120 +136,134 @@ class Runner:
 
         Raises:
             Stopped: a signal ended it, after the children had saved.
-            UserError: another suite is at work in the output folder.
+            UserError: another suite is at work in the output folder, or the disk is full.
         """
         with locked(self.root) as lock:
-            for step in self.steps:
-                if step.finished():
-                    step.state, step.status = "reused", 0
-                    step.seconds = float(step.remembered().get("seconds") or 0.0)
-                    step.argv = resolve(step, self.steps, self.given)
-                    self.board.changed(step)
+            self.place.lock = lock
             try:
-                while self._advance(lock):
+                self._reuse()
+                while self._advance():
                     self.board.draw(self.steps)
                     time.sleep(TICK_S)
             except BaseException as error:
                 self._stop(error.signum if isinstance(error, Stopped) else signal.SIGTERM)
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise UserError(
+                        f"{self.root}: the disk is full; make room, and the same command goes on"
+                    ) from error
                 raise
             self.board.draw(self.steps)
         return self._status()
 
-    def _advance(self, lock: int) -> bool:
+    def _reuse(self) -> None:
+        """Take what is finished as it is, and what an earlier call left running."""
+        for step in self.steps:
+            if step.finished():
+                step.state, step.status, step.reason = "reused", 0, ""
+                step.seconds = float(step.remembered().get("seconds") or 0.0)
+                step.argv = resolve(step, self.steps, self.given)
+                self.board.changed(step)
+            elif step.state == "waits" and (work := self.place.find(step)) is not None:
+                step.attempts = 1
+                step.argv = resolve(step, self.steps, self.given)
+                step.state = "running"
+                self.children.append(Child(step, work, float(step.remembered()["seconds"])))
+                self.board.say(f"{step.name}: is running since an earlier call")
+
+    def _advance(self) -> bool:
         """Settle what ended, start what can start; False when nothing is left to do."""
-        changed = [child for child in self.children if child.process.poll() is not None]
-        for child in changed:
-            self.children.remove(child)
-            self._settle(child)
-        for child in self.children:
+        for child in list(self.children):
+            status = child.work.status()
             child.step.seconds = child.seconds()
+            if status is not None:
+                self.children.remove(child)
+                self._settle(child, status)
         states = {step.name: step.state for step in self.steps}
+        ready: list[Step] = []
         for step in self.steps:
             if step.state != "waits":
                 continue
-            if bad := [name for name in step.needs if states[name] in ("failed", "skipped")]:
-                step.state, step.reason = "skipped", f"needs {bad[0]}, which {states[bad[0]]}"
-                states[step.name] = step.state
-                self.board.changed(step)
-            elif len(self.children) < self.suite.parallel and all(
-                states[name] in GOOD for name in step.needs
-            ):
-                self.children.append(self._start(step, lock))
+            if bad := [name for name in step.needs if states[name] in BAD]:
+                self._give_up(step, "skipped", f"needs {bad[0]}, which {_verb(states[bad[0]])}")
+            elif all(states[name] in GOOD for name in step.needs) and self.place.room(step):
+                if lost := step.lost_data():
+                    self._give_up(step, "failed", lost)
+                    step.status = MENDABLE
+                elif self.place.stays:  # a queue takes them together
+                    ready.append(step)
+                else:
+                    self._start([step])
+            states[step.name] = step.state
+        if ready:
+            self._start(ready)
         self._write_summary()
         return bool(self.children) or any(step.state == "waits" for step in self.steps)
 
-    def _start(self, step: Step, lock: int) -> Child:
-        if line := step.prepare():
-            self.board.say(line)
-        step.argv = resolve(step, self.steps, self.given)
-        step.state = "running"
-        step.remember()
+    def _give_up(self, step: Step, state: str, reason: str) -> None:
+        step.state, step.reason = state, reason
         self.board.changed(step)
-        stdout = step.record.with_suffix(".stdout") if step.job.stdout else None
-        with contextlib.ExitStack() as files:
-            log: IO[bytes] = files.enter_context(step.log.open("ab"))
-            log.write(f"$ {step.summary()['command']}\n".encode())
-            log.flush()
-            process = subprocess.Popen(
-                [sys.executable, *step.argv[1:]],
-                cwd=ROOT,
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=files.enter_context(stdout.open("wb")) if stdout else log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=(lock,),
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            )
-        return Child(step, process, stdout, step.seconds)
 
-    def _environment(self) -> dict[str, str]:
-        # The same number whether or not a core is idle: sums in another order are other numbers.
-        threads = str(max(1, cores() // self.suite.parallel))
-        ours = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
-        return ours | dict(os.environ)  # what the user has set stays
+    def _start(self, steps: list[Step]) -> None:
+        for step in steps:
+            if line := step.prepare():
+                self.board.say(line)
+            step.argv = resolve(step, self.steps, self.given, self.place.processes(step))
+            step.state, step.attempts = "running", step.attempts + 1
+            step.remember()
+            self.board.changed(step)
+        for step, work in zip(steps, self.place.start(steps), strict=True):
+            self.children.append(Child(step, work, step.seconds))
 
-    def _settle(self, child: Child) -> None:
-        """Record how a child ended."""
-        step, status = child.step, child.process.returncode
+    def _settle(self, child: Child, status: int) -> None:
+        """Record how a child ended; a failure that another attempt may mend waits again."""
+        step = child.step
         step.seconds, step.status = child.seconds(), status if status >= 0 else 128 - status
-        if status == 0 and child.stdout is not None and step.job.stdout:
-            child.stdout.replace(step.folder / step.job.stdout)
+        if step.stdout is not None and status == 0 and step.job.stdout:
+            step.stdout.replace(step.folder / step.job.stdout)
         lacking = [p for name, p in step.job.makes.items() if status == 0 and not step.made(name)]
         step.state = "failed" if status or lacking else "done"
-        if status < 0:
+        step.reason = ""
+        if child.work.why:
+            step.reason = child.work.why
+        elif status < 0:
             name = signal.Signals(-status).name
             step.reason = f"ended by {name}" + (", out of memory?" if name == "SIGKILL" else "")
         elif status:
             step.reason = f"status {status}: {last_line(step.log)}"
         elif lacking:
             step.reason = f"ended well but left no {lacking[0]} in {step.folder}"
-        if child.stdout is not None:
-            child.stdout.unlink(missing_ok=True)
+        if step.stdout is not None:
+            step.stdout.unlink(missing_ok=True)
+        if step.state == "failed" and status != MENDABLE and step.attempts < ATTEMPTS:
+            self.board.say(f"retry   {step.name}: {step.reason}; it is tried once more")
+            step.remember()
+            step.state = "waits"
+            return
         step.remember()
         self.board.changed(step)
 
     def _stop(self, signum: int) -> None:
         """Pass a signal to the children and wait until they have saved."""
-        for child in self.children:
-            child.process.send_signal(signum)
         names = ", ".join(child.step.name for child in self.children)
+        if names and self.place.stays:
+            self.board.say(f"left running: {names}")
+            return
+        for child in self.children:
+            child.work.stop(signum)
         if names:
             self.board.say(f"stopping: waiting for {names} to save")
         deadline = time.monotonic() + GRACE_S
-        for child in self.children:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                os.killpg(child.process.pid, signal.SIGKILL)
-                child.process.wait()
-            if child.process.returncode == 0:  # it was as good as done
-                self._settle(child)
-                continue
-            child.step.state, child.step.seconds = "stopped", child.seconds()
-            child.step.remember()
-            self.board.changed(child.step)
-        self._write_summary()
+        with contextlib.suppress(UserError, OSError):  # a full disk must not hide why we stop
+            for child in self.children:
+                child.work.wait(deadline - time.monotonic())
+                child.step.attempts = ATTEMPTS
+                if child.work.status() == 0:  # it was as good as done
+                    self._settle(child, 0)
+                    continue
+                child.step.state, child.step.seconds = "stopped", child.seconds()
+                child.step.remember()
+                self.board.changed(child.step)
+            self._write_summary()
         self.board.say("the same command goes on from here")
 
     def _write_summary(self) -> None:
@@ -218,6 +282,7 @@ class Runner:
             "started": round(self.started, 1),
             "seconds": round(time.time() - self.started, 1),
             "environment": environment(),
+            **self.notes,
             "jobs": [step.summary() for step in self.steps],
         }
         write_json(self.root / SUMMARY, summary)
@@ -227,7 +292,7 @@ class Runner:
         failed = [step.status for step in self.steps if step.state == "failed"]
         if not failed:
             return 0
-        return 2 if all(status == 2 for status in failed) else 1
+        return 2 if all(status == MENDABLE for status in failed) else 1
 
 
 @contextlib.contextmanager
@@ -267,13 +332,6 @@ def alive(process: str) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def last_lines(log: Path, count: int) -> list[str]:
     """Return the last lines of a log, the final state of a progress bar as one line."""
     try:
@@ -292,6 +350,5 @@ def last_line(log: Path) -> str:
     return "" if not lines or lines[0].startswith("$ ") else lines[0].strip()
 
 
-def _end_with_parent() -> None:
-    """In a new child: ask Linux for a SIGTERM should the suite be killed without a word."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+def _verb(state: str) -> str:
+    return "is open" if state == "open" else state

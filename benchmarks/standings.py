@@ -12,7 +12,7 @@ from functools import cached_property
 
 from benchmarks.literature import Printed, counterpart, printed_rows
 from benchmarks.records import RANDOM, Record, differing_keys
-from benchmarks.seeds import Comparison, Spread, compare, summarise
+from benchmarks.trials import Comparison, Spread, compare, summarise
 
 HEADLINES = (
     "coco/box_AP",

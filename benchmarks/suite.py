@@ -2,10 +2,14 @@
 
 python benchmarks/suite.py                            pretrain, convert, measure, all embedded
 python benchmarks/suite.py ckpt.pth --suite quick     measure a checkpoint of your own
+python benchmarks/suite.py a.pth b.pth RUN_FOLDER     several, a row each
 python benchmarks/suite.py --suite quick --dry-run    what would run, what is already done
+python benchmarks/suite.py ckpt.pth --suite quick --override 'voc/*' SOLVER.MAX_ITER 20
+python benchmarks/suite.py RUN_FOLDER --watch         each new checkpoint of a pretraining
+python benchmarks/suite.py ckpt.pth --on slurm --slurm partition=gpu --slurm time=1440
 
 Stopped or killed, the same command goes on where it was. What is finished is never run twice;
-what a change of recipe, checkpoint, code or library touches is run again.
+what a change of recipe, checkpoint, data, code or library touches is run again.
 """
 
 import sys
@@ -15,62 +19,73 @@ if __package__ in (None, ""):  # run as a file: our root, not this folder, comes
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.board import make_board
-from benchmarks.jobs import Step, Suite, load_suite, plan
-from benchmarks.runner import Runner, cores
-from convert.errors import Parser, UserError, run_script
+from benchmarks.evaluation import Evaluation
+from benchmarks.forecast import forecast, left_open
+from benchmarks.rows import find_rows
+from benchmarks.templates import Override, load_suite
+from benchmarks.watching import watch
+from convert.errors import Parser, run_script
 from convert.files import output_folder
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a suite and write its report; the last line printed is `report: PATH`."""
-    parser = Parser(__doc__ or "")
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="any layout convert/ recognises")
-    parser.add_argument("--suite", default="quick", help="benchmarks/suites/NAME.yaml, or a file")
-    parser.add_argument("--output-dir", type=Path, help="default: output/benchmarks/<suite>")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run, write nothing")
-    args = parser.parse_args(argv)
-
-    suite = load_suite(args.suite)
-    given = {"checkpoint": _checkpoint(args.checkpoint)} if args.checkpoint else {}
-    root = (args.output_dir or _default_folder(suite, args.checkpoint)).absolute()
-    steps = plan(suite, given, root)
+    args = parser().parse_args(argv)
+    overrides = [Override(*words) for words in args.override]
+    suite = load_suite(args.suite, overrides, args.seeds)
+    root = args.output_dir or _default_folder(suite.name, args.checkpoints)
+    evaluation = Evaluation.prepare(suite, root.absolute(), args)
+    if args.watch:
+        return watch(evaluation, args.checkpoints, make_board(args.quiet))
+    laid = evaluation.lay_out(find_rows(args.checkpoints))
     if args.dry_run:
-        print("\n".join(forecast(suite, steps)))
+        print("\n".join(forecast(suite, laid.steps, evaluation.place, laid.table)))
         return 0
-    output_folder(root)
+    output_folder(evaluation.root)
     if not args.quiet:
-        print(f"suite {suite.name}: {len(steps)} jobs, up to {suite.parallel} at once on ", end="")
-        print(f"{cores()} cores, into {root}", flush=True)
-    status = Runner(suite, steps, given, root, make_board(args.quiet)).run()
-
-    from benchmarks.report import write_report  # matplotlib waits until the numbers are there
-
-    print(f"report: {write_report(root)}")
-    return status
+        where = evaluation.place.describe()
+        print(f"suite {suite.name}: {len(laid.steps)} jobs, {where}, into {evaluation.root}")
+        print(
+            "".join(f"{line}\n" for line in left_open(laid.steps, laid.table)), end="", flush=True
+        )
+    return evaluation.run(laid, make_board(args.quiet))
 
 
-def forecast(suite: Suite, steps: list[Step]) -> list[str]:
-    """Say what a suite would do: each job's state, needs and command."""
-    lines = [f"suite {suite.name}: {suite.title}"]
-    for step in steps:
-        state = "done before" if step.finished() else "would run"
-        about = f", about {step.job.minutes:g} min" if step.job.minutes else ""
-        after = f", after {', '.join(step.needs)}" if step.needs else ""
-        lines += [f"{state}: {step.name}{about}{after}", f"    {' '.join(step.job.command)}"]
-    left = sum(step.job.minutes or 0 for step in steps if not step.finished()) / suite.parallel
-    return [*lines, f"about {left:.0f} minutes on two cores; nothing was run or written"]
+def parser() -> Parser:
+    """Build the command line."""
+    words = Parser(__doc__ or "")
+    add = words.add_argument
+    add("checkpoints", nargs="*", type=Path, help="any layout convert/ recognises; a run's folder")
+    add("--suite", default="quick", help="benchmarks/suites/NAME.yaml, or a file")
+    add("--output-dir", type=Path, help="default: output/benchmarks/<suite>")
+    add("--dry-run", action="store_true", help="say what would run, write nothing")
+    add("--data", action="append", default=[], metavar="NAME=PATH", help="where a set is")
+    add(
+        *("--override",),
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("JOBS", "KEY", "VALUE"),
+        help="set a key of the recipes of jobs that fit a pattern; their results are `reduced`",
+    )
+    add("--seeds", type=int, metavar="N", help="trials of an evaluation; default: the suite's")
+    add("--processes", type=int, metavar="N", help="of a job at most; default: the GPUs at hand")
+    add("--on", choices=("local", "slurm"), default="local", help="where jobs run")
+    add(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of sbatch, as partition=gpu",
+    )
+    add("--watch", action="store_true", help="measure each new checkpoint of the run's folder")
+    return words
 
 
-def _checkpoint(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file; name one, or none to pretrain first")
-    return path.absolute()
-
-
-def _default_folder(suite: Suite, checkpoint: Path | None) -> Path:
+def _default_folder(suite: str, checkpoints: list[Path]) -> Path:
     """One folder a checkpoint, so that measuring a second one replaces nothing."""
-    name = f"{suite.name}-{checkpoint.name.split('.')[0]}" if checkpoint else suite.name
-    return Path("output/benchmarks") / name
+    stems = "-".join(path.absolute().name.split(".")[0] for path in checkpoints[:3])
+    return Path("output/benchmarks") / (f"{suite}-{stems}" if checkpoints else suite)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
+import contextlib
 import json
 import os
 import pty
+import random
 import shlex
 import signal
 import subprocess
@@ -13,9 +15,10 @@ import pytest
 import yaml
 
 from benchmarks import jobs
-from benchmarks.jobs import SUITES, load_suite, plan, resolve
+from benchmarks.jobs import SUITES, plan, resolve
 from benchmarks.runner import alive
 from benchmarks.suite import main
+from benchmarks.templates import load_suite
 from convert.errors import UserError
 from convert.files import ROOT
 
@@ -79,9 +82,10 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    def write(jobs: dict, parallel: int = 2) -> Path:
+    def write(jobs: dict, parallel: int = 2, **more: object) -> Path:
         path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump({"parallel": parallel, "jobs": jobs}, sort_keys=False))
+        content = {"parallel": parallel, **more, "jobs": jobs}
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
 
     return write
@@ -235,6 +239,7 @@ def test_a_failure_shows_its_log_and_stops_only_what_needs_it(work, write, run, 
     page = (out / "report.html").read_text()
     assert f"not run: first: failed (status {child}: line 29)" in page
     assert "not run: second: skipped (needs first, which failed)" in page
+    assert started(out).count("first") == (1 if child == 2 else 2)  # 2: its user can mend it
 
 
 def test_a_failed_job_is_tried_again_by_the_next_call(work, write, run, out, tmp_path):
@@ -246,6 +251,174 @@ def test_a_failed_job_is_tried_again_by_the_next_call(work, write, run, out, tmp
     gate.touch()
     assert run(suite).returncode == 0
     assert states(out) == {"gated": "done"}
+
+
+def test_a_failed_job_is_tried_once_more_in_the_same_call(write, run, out, tmp_path):
+    script = tmp_path / "flaky.py"
+    script.write_text(
+        "import sys, pathlib; seen = pathlib.Path(sys.argv[1]); bad = not seen.exists();"
+        "seen.touch(); print('out of luck'); sys.exit(bad)"
+    )
+    suite = write({"flaky": {"command": f"python {shlex.quote(str(script))} {tmp_path}/seen"}})
+    done = run(suite)
+    assert done.returncode == 0
+    assert "retry   flaky: status 1: out of luck; it is tried once more" in done.stdout
+    assert states(out) == {"flaky": "done"}
+    assert json.loads((out / "suite.json").read_text())["jobs"][0]["attempts"] == 2
+
+
+def results(out: Path) -> dict[str, str]:
+    return {file.parent.name: file.read_text() for file in out.glob("*/made.txt")}
+
+
+def test_kill_9_at_any_moment_ends_in_the_same_table_and_nothing_done_runs_again(
+    work, write, out, tmp_path
+):
+    jobs = {
+        f"a{i}": {"command": f"{work} seconds=0.2", "makes": {f"a{i}": "made.txt"}} for i in "12"
+    }
+    jobs |= {f"b{i}": {"command": f"{work} {{a{i}}} --resume seconds=0.2"} for i in "12"}
+    suite = write(jobs)
+    draw = random.Random(7)
+    whole = tmp_path / "whole"
+    subprocess.run(command(suite, whole, "--quiet"), **PIPES, check=True)
+
+    def done() -> list[str]:
+        records = [json.loads(file.read_text()) for file in out.glob("jobs/*.json")]
+        return [record["name"] for record in records if record["state"] == "done"]
+
+    for victim in ("suite", "job", "suite", "job", "suite"):
+        before, finished = started(out), done()
+        process = subprocess.Popen(command(suite, out), **PIPES)
+        wait_for(lambda: len(started(out)) > len(before) or process.poll() is not None)  # noqa: B023
+        time.sleep(draw.uniform(0, 0.4))
+        if victim == "suite":
+            process.kill()
+        elif len(started(out)) > len(before):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int([words for words in notes(out) if words[0] == "start"][-1][3]), 9)
+        process.communicate(timeout=30)
+        assert not set(finished) & set(started(out)[len(before) :])
+    last = subprocess.run(command(suite, out), **PIPES, timeout=60)
+    assert last.returncode == 0, last.stdout
+    assert results(out) == results(whole) != {}
+    table = [json.loads((folder / "report.json").read_text())["rows"] for folder in (out, whole)]
+    assert table[0] == table[1]
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(work, write, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(disk)]
+    try:
+        subprocess.run(probe, **PIPES, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine lets nobody mount a small disk (unshare -rm mount)")
+    script = tmp_path / "fill.py"
+    script.write_text(
+        "import contextlib, pathlib, sys; file = pathlib.Path(sys.argv[1]); big = bytes(1 << 23)\n"
+        "with contextlib.suppress(OSError): file.exists() or file.write_bytes(big)"
+    )
+    suite = write({"fill": {"command": f"python {script} {disk}/filler"}, "b": {"command": work}})
+    call = shlex.join([*command(suite, disk / "out"), "--quiet"])
+    after = f"echo $? > {tmp_path}/status; : > {disk}/filler; {call}"
+    words = [
+        "unshare",
+        "-rm",
+        "sh",
+        "-c",
+        f"mount -t tmpfs -o size=4m none {disk}; {call}; {after}",
+    ]
+    done = subprocess.run(words, **PIPES, timeout=60)
+    assert (tmp_path / "status").read_text() == "2\n"
+    assert "the disk is full" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == 0
+    assert done.stdout == f"report: {disk}/out/report.html\n"
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> dict:
+    """A set of a suite's own, there, and the job that reads it."""
+    (tmp_path / "flowers/train").mkdir(parents=True)
+    (tmp_path / "flowers/list.txt").write_text("rose")
+    return {"flowers": {"title": "Flowers", "at": "{flowers}", "files": ["train", "list.txt"]}}
+
+
+def test_what_the_data_cannot_serve_is_listed_first_and_the_rest_runs(
+    work, write, run, out, tmp_path, sets
+):
+    jobs = {
+        "wants/moco": {"command": f"{work} {{flowers}}/list.txt", "data": "flowers"},
+        "free/moco": {"command": work},
+    }
+    suite = write(jobs, data=sets)
+    done = run(suite)
+    assert done.returncode == 0
+    hint = "name the folder by --data flowers=PATH or FLOWERS_DIR"
+    assert f"missing: Flowers: {hint}" in done.stdout
+    assert done.stdout.index("missing: Flowers") < done.stdout.index("start   free/moco")
+    assert states(out) == {"wants/moco": "open", "free/moco": "done"}
+    assert started(out / "free") == ["moco"]
+    dry = run(suite, "--dry-run", "--data", f"flowers={tmp_path}/elsewhere")
+    assert f"missing: Flowers: {tmp_path}/elsewhere/train is missing and 1 more of 2" in dry.stdout
+    assert "open: wants/moco" in dry.stdout
+    again = run(suite, "--data", f"flowers={tmp_path}/flowers")
+    assert again.returncode == 0, again.stdout
+    assert states(out) == {"wants/moco": "done", "free/moco": "reused"}
+    assert (out / "wants/moco/made.txt").read_text() == "rosemoco"
+    assert set(states_after(run, suite, out).values()) == {"reused"}  # measured stays measured
+    (tmp_path / "flowers/list.txt").write_text("tulips")
+    run(suite, "--data", f"flowers={tmp_path}/flowers")
+    assert states(out) == {"wants/moco": "done", "free/moco": "reused"}
+
+
+def states_after(run: Run, suite: Path, out: Path) -> dict[str, str]:
+    run(suite)
+    return states(out)
+
+
+def test_data_that_vanishes_in_the_middle_fails_its_jobs_with_the_reason(
+    work, write, run, out, tmp_path, sets
+):
+    script = tmp_path / "remove.py"
+    script.write_text("import shutil, sys; shutil.rmtree(sys.argv[1])")
+    jobs = {
+        "remove": {"command": f"python {script} {tmp_path}/flowers", "data": "flowers"},
+        "reads": {"command": work, "data": "flowers"},
+        "other": {"command": work},
+    }
+    done = run(write(jobs, parallel=1, data=sets), "--data", f"flowers={tmp_path}/flowers")
+    assert done.returncode == 2
+    assert states(out) == {"remove": "done", "reads": "failed", "other": "done"}
+    assert f"Flowers: {tmp_path}/flowers/train is missing" in done.stdout
+    assert "reads" not in started(out)
+
+
+def test_nothing_that_can_run_is_one_line(work, write, run, out, sets):
+    done = run(write({"a": {"command": work, "data": "flowers"}}, data=sets))
+    assert done.returncode == 2
+    assert "nothing of it can be run here; first, a: Flowers: name the folder" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_override_reaches_its_jobs_and_marks_their_results(work, write, run, out):
+    jobs = chain(work)
+    jobs["other"] = {"command": work}
+    suite = write(jobs)
+    run(suite)
+    assert run(suite, "--override", "sec*", "EPOCHS", "1").returncode == 0
+    wanted = {"first": "reused", "second": "done", "third": "done", "other": "reused"}
+    assert states(out) == wanted
+    found = json.loads((out / "suite.json").read_text())["jobs"]
+    assert found[1]["command"].endswith("EPOCHS 1")
+    marks = {job["name"]: job.get("reduced") for job in found}
+    assert marks == {
+        "first": None,
+        "second": {"EPOCHS": "1"},
+        "third": {"EPOCHS": "1"},  # it reads what second made
+        "other": None,
+    }
 
 
 def test_a_job_that_does_not_make_its_file_failed(work, write, run, out):
@@ -370,6 +543,10 @@ def test_dry_run_shows_the_graph_and_writes_nothing(work, write, run, out):
         (["--suite", "quik"], "suite 'quik': not found; suites near it: quick"),
         (["--suite", "quick", "--output-dir", "/proc/nowhere"], "cannot be written"),
         (["--sweet", "quick"], "unrecognized arguments: --sweet"),
+        (["--override", "coc", "A", "1"], "--override coc: fits no job; jobs are coco/moco"),
+        (["--suite", "quick", "--data", "coco=x"], "--data coco=x: want NAME=PATH"),
+        (["--slurm", "time=1"], "--slurm time=1: is for --on slurm"),
+        (["--seeds", "0"], "--seeds 0: want a whole number from 1"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_starts(tmp_path, words, said):
@@ -399,6 +576,9 @@ def test_bad_input_is_one_line_before_anything_starts(tmp_path, words, said):
         ({"../a": {"command": "python x.py"}}, "a name is lower-case words"),
         ({"jobs/a": {"command": "python x.py"}}, "a name is lower-case words"),
         ({}, "found no jobs"),
+        ({"a": {"command": "python x.py", "data": "coco"}}, "unknown data 'coco'; known: coco2017"),
+        ({"a": {"command": "python x.py", "seeds": 0}}, "seeds is 0, want a whole number from 1"),
+        ({"a": {"command": "python x.py", "inits": ["moco"]}}, "want INIT: what it starts from"),
     ],
 )
 def test_a_wrong_suite_is_refused_in_one_line(write, tmp_path, jobs, said):
@@ -474,3 +654,16 @@ def test_every_script_and_recipe_that_a_suite_names_exists(file):
         for word in job.command[1:]:
             if word.endswith((".py", ".yaml")):
                 assert (ROOT / word).is_file(), f"{job.name}: {word}"
+
+
+def test_a_forecast_sums_the_suites_own_costs_and_says_their_source(write, work, run, out, sets):
+    jobs = {
+        "long/moco": {"command": f"{work} {{processes}}", "minutes": 90, "gpu_gb": 4.8},
+        "short/moco": {"command": work, "minutes": 30, "data": "flowers"},
+    }
+    jobs["long/moco"]["processes"] = 8
+    done = run(write(jobs, data=sets, costs="a table"), "--dry-run", "--processes", "2")
+    assert "would run: long/moco, about 1.5 h, 4.8 GB a GPU, 2 of 8 processes" in done.stdout
+    assert "times and memory: a table" in done.stdout
+    assert "all of it: 2 jobs, about 2.0 h one after the other; to run: 1 jobs" in done.stdout
+    assert not out.exists()
