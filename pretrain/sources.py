@@ -4,9 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from convert.errors import UserError
+from pretrain.decoding import Undecodable, decode
 from pretrain.embedded import embedded_root
 
 EMBEDDED = "embedded"  # the word that names the set which is built, not downloaded
@@ -53,9 +54,10 @@ def read_image(path: Path) -> Image.Image:
         UserError: the file is gone, or is no image.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"image {path}: cannot be read ({error.strerror})") from error
+    except Undecodable as error:
         raise UserError(f"image {path}: cannot be decoded ({error}); mend or remove it") from error
 
 
