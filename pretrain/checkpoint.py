@@ -30,7 +30,7 @@ _NAME = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
 # run begins, which a continuation does not do.
 FREE_KEYS = frozenset(
     {"workers", "print_freq", "checkpoint_every", "keep", "max_steps", "data", "accumulate"}
-    | {"init_from", "start_epoch"}
+    | {"max_bad_share", "init_from", "start_epoch"}
 )
 
 

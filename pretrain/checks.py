@@ -37,16 +37,13 @@ def check(
     method = find_method(config.dictionary)
     _check_sizes(config, method, images)
     device = best_device(config.device)
-    workers = config.workers
-    if workers < 0:
-        workers = min(32, max(1, (os.cpu_count() or 1) - 1))
     if settled and not config.bn_groups:
         config = replace(config, bn_groups=settled["bn_groups"])
     config = replace(
         config,
         device=device,
         precision=config.precision or ("bf16" if _has_bf16(device) else "fp32"),
-        workers=workers,
+        workers=loading_workers(config.workers),
         bn_groups=_groups(config, method),
     )
     groups_of_a_pass(config)
@@ -64,6 +61,11 @@ def best_device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: no CUDA device is at hand; want --device cpu")
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def loading_workers(wanted: int) -> int:
+    """Return how many processes load images on a machine: as asked, or its cores but one."""
+    return wanted if wanted >= 0 else min(32, max(1, (os.cpu_count() or 1) - 1))
 
 
 def groups_of_a_pass(config: PretrainConfig) -> int:
@@ -140,6 +142,8 @@ def _check_ranges(config: PretrainConfig) -> None:
         "accumulate": config.accumulate > 0,
         "epochs": config.epochs > 0,
         "image_size": config.image_size >= 32,
+        "min_side": config.min_side > 0,
+        "max_bad_share": 0 <= config.max_bad_share <= 1,
         "print_freq": config.print_freq > 0,
         "crop_scale": len(config.crop_scale) == 2
         and 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1,

@@ -29,7 +29,9 @@ class PretrainConfig:
     Sources: arXiv:1911.05722, Sec. 3.3 and 4; where v2 differs, arXiv:2003.04297, Sec. 2.
     """
 
-    data: str = ""  # a folder with train/, or `embedded`
+    data: str = ""  # a folder, a list, shards, or `embedded`: see sources.py
+    min_side: int = 8  # the least width and height of an image, pixels; smaller ones are skipped
+    max_bad_share: float = 0.05  # of files that are skipped, 0..1; with more the run stops
     dictionary: str = "queue"  # queue, bank, end-to-end, simclr, or FILE.py:CLASS
     arch: str = "resnet50"
     stem: str = "imagenet"  # or cifar: 3x3, stride 1, no pool

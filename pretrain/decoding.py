@@ -118,7 +118,8 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
     if not whole and low >= 0 and high <= 1:
         low, high = 0, 1
     span = max(float(high) - float(low), 1e-12)
-    return ((values.astype(np.float64) - low) * (255 / span)).round().astype(np.uint8)
+    stretched: np.ndarray = (values.astype(np.float64) - low) * (255 / span)
+    return stretched.round().astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -46,12 +46,12 @@ def run(command: Command) -> int:
     """Train, as one of the processes of a group or alone."""
     from pretrain import checkpoint, distributed
     from pretrain.checks import check
+    from pretrain.faults import SKIPPED_NAME, open_usable, write_skipped
     from pretrain.loop import train
     from pretrain.monitor import KnnMonitor
-    from pretrain.sources import open_set
 
     config, folder, say = command.config, command.output_dir, distributed.say
-    images, val = open_set(config.data)
+    images, val = open_usable(config, quiet=command.quiet)
     say(f"{config.method}, {config.arch}, on {images.root} ({len(images)} images)")
     hint = "for MoCo v2 on it" if config.method == "MoCo v1" else "on a folder of your own"
     say(f"{hint}: {V2_COMMAND}", *command.notes, sep="\n")
@@ -61,6 +61,9 @@ def run(command: Command) -> int:
     checkpoint.claim(folder, resume=bool(resume))
     if distributed.rank() == 0:
         write_json(folder / "config.json", as_dict(config))
+        skipped = write_skipped(folder, images, val)
+        if skipped:
+            say(f"skipped {skipped} files that cannot be used: {folder / SKIPPED_NAME}")
     knn = None
     if val and distributed.rank() == 0:
         knn = KnnMonitor(images, val, config.image_size, bf16=config.precision == "bf16")
