@@ -16,6 +16,7 @@ from pretrain.contrast import Contrast
 from pretrain.dictionaries import find_method
 from pretrain.encoders import WHOLE_BATCH
 from pretrain.norm import PAPERS_GROUPS, choose_groups
+from pretrain.presets import AUTO
 from pretrain.views import AUGMENTATIONS
 
 
@@ -121,6 +122,7 @@ def _groups(config: PretrainConfig, method: type[Contrast]) -> int:
 def _check_ranges(config: PretrainConfig) -> None:
     allowed = {
         "augmentation": tuple(AUGMENTATIONS),
+        "preset": ("", AUTO),
         "schedule": ("step", "cos", "decay"),
         "schedule_unit": ("epochs", "iterations"),
         "optimizer": ("sgd", "lars"),
@@ -142,6 +144,11 @@ def _check_ranges(config: PretrainConfig) -> None:
         "accumulate": config.accumulate > 0,
         "epochs": config.epochs > 0,
         "image_size": config.image_size >= 32,
+        "randaugment": config.randaugment == ()
+        or (
+            (len(config.randaugment) == 2 and config.randaugment[0] > 0)
+            and 0 <= config.randaugment[1] <= 30
+        ),
         "min_side": config.min_side > 0,
         "max_bad_share": 0 <= config.max_bad_share <= 1,
         "print_freq": config.print_freq > 0,

@@ -5,7 +5,6 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -31,7 +30,7 @@ from pretrain.norm import statistics_of
 from pretrain.optimizer import build_optimizer
 from pretrain.schedule import learning_rate, run_length
 from pretrain.sources import ImageList
-from pretrain.views import AUGMENTATIONS, Views, epoch_order, generator
+from pretrain.views import Views, augmentation_of, epoch_order, generator
 
 RUN_NAME = "run.json"
 SIGNALS = (
@@ -232,6 +231,7 @@ class Run:
                 "arch": config.arch,
                 "set": "embedded digits" if config.data == "embedded" else config.data,
                 "images": len(self.images),
+                "skipped": len(self.images.skipped),
                 "K": K,
                 "m": config.m,
                 "tau": config.tau,
@@ -251,9 +251,7 @@ class Run:
 
     def _batches(self) -> Iterator[list[Tensor]]:
         config = self.config
-        scale = (config.crop_scale[0], config.crop_scale[1])
-        augmentation = replace(AUGMENTATIONS[config.augmentation], crop_scale=scale)
-        count = self.model.views
+        augmentation, count = augmentation_of(config), self.model.views
         views = Views(self.images, augmentation, config.image_size, config.seed, count)
         yield from DataLoader(
             views,

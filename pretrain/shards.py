@@ -4,7 +4,7 @@
 and where its images lie is remembered; after that an image is one read at one place. So shards have
 the order of a folder: every image has its number, an epoch is a permutation of all of them, and a
 run stopped in the middle of one goes on exactly, on any number of workers and processes. Of a set,
-memory holds the shards' names and twelve bytes an image; the images' names stay on disk.
+memory holds the shards' names and some forty bytes an image; the images' names stay on disk.
 """
 
 import json

@@ -7,14 +7,15 @@ their order, and wherever a run was stopped, an image's crops in an epoch are th
 import hashlib
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision.transforms import functional
+from torchvision.transforms import RandAugment, functional
 
 from convert.pixels import IMAGENET_PIXELS, Pixels
+from pretrain.config import PretrainConfig
 from pretrain.sources import ImageList
 
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratios of a random crop, torchvision's
@@ -31,6 +32,8 @@ class Augmentation:
         jitter_p, gray_p, blur_p, flip_p: probabilities.
         gray_first: v1 takes the colour away before the jitter, v2 after it.
         blur_sigma: range of the Gaussian's sigma, in pixels of the view.
+        randaugment: operations and magnitude (0 to 30) of RandAugment (arXiv:1909.13719), which
+            comes after the crop and beside the rest; empty: none.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -41,6 +44,7 @@ class Augmentation:
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     flip_p: float = 0.5
+    randaugment: tuple[int, ...] = ()
 
 
 AUGMENTATIONS = {
@@ -103,6 +107,8 @@ def augment(
 ) -> Image.Image:
     """Draw one view of an image, as an image of size x size pixels."""
     image = _random_resized_crop(image, augmentation.crop_scale, size, draw)
+    if augmentation.randaugment:
+        image = _randaugment(image, augmentation.randaugment, draw)
     steps = [_gray, _jitter] if augmentation.gray_first else [_jitter, _gray]
     for step in [*steps, _blur]:
         image = step(image, augmentation, draw)
@@ -132,6 +138,23 @@ def crop_box(
     ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _randaugment(image: Image.Image, strength: tuple[int, ...], draw: random.Random) -> Image.Image:
+    operations, magnitude = strength
+    # Torchvision draws from torch's generator: it is lent a seed of this view's.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw.getrandbits(63))
+        changed: Image.Image = RandAugment(operations, magnitude)(image)
+    return changed
+
+
+def augmentation_of(config: PretrainConfig) -> Augmentation:
+    """Return what a config's views draw."""
+    low, high = config.crop_scale
+    return replace(
+        AUGMENTATIONS[config.augmentation], crop_scale=(low, high), randaugment=config.randaugment
+    )
 
 
 def _jitter(image: Image.Image, augmentation: Augmentation, draw: random.Random) -> Image.Image:
