@@ -31,7 +31,7 @@ _NAME = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
 # `start_epoch` are where a run begins, which a continuation does not do.
 FREE_KEYS = frozenset(
     {"workers", "print_freq", "checkpoint_every", "keep", "max_steps", "data", "accumulate"}
-    | {"init_from", "start_epoch", "knn_dir", "knn_every", "leak_meter"}
+    | {"init_from", "start_epoch", "knn_dir", "knn_every", "leak_meter", "max_bad_share"}
 )
 
 

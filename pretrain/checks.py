@@ -17,6 +17,7 @@ from pretrain.dictionaries import find_method
 from pretrain.encoders import WHOLE_BATCH
 from pretrain.loader import choose_backend
 from pretrain.norm import PAPERS_GROUPS, choose_groups, of_processes
+from pretrain.presets import AUTO
 from pretrain.schedule import run_length
 from pretrain.views import AUGMENTATIONS
 
@@ -43,17 +44,14 @@ def check(
     method = find_method(config.dictionary)
     _check_sizes(config, method, images)
     device = best_device(config.device)
-    workers = config.workers
-    if workers < 0:
-        workers = min(32, max(1, (os.cpu_count() or 1) - 1))
     if settled and not config.bn_groups:
         config = replace(config, bn_groups=settled["bn_groups"])
     config = replace(
         config,
         device=device,
         precision=config.precision or ("bf16" if _has_bf16(device) else "fp32"),
-        workers=workers,
-        views=choose_backend(config.views, device),
+        workers=loading_workers(config.workers),
+        views=choose_backend(config.views, device, randaugment=bool(config.randaugment)),
         bn_groups=_groups(config, method),
     )
     groups_of_a_pass(config)
@@ -87,6 +85,11 @@ def best_device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: no CUDA device is at hand; want --device cpu")
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def loading_workers(wanted: int) -> int:
+    """Return how many processes load images on a machine: as asked, or its cores but one."""
+    return wanted if wanted >= 0 else min(32, max(1, (os.cpu_count() or 1) - 1))
 
 
 def groups_of_a_pass(config: PretrainConfig) -> int:
@@ -155,6 +158,7 @@ def _check_group_size(config: PretrainConfig) -> None:
 def _check_ranges(config: PretrainConfig) -> None:
     allowed = {
         "augmentation": tuple(AUGMENTATIONS),
+        "preset": ("", AUTO),
         "schedule": ("step", "cos", "decay"),
         "schedule_unit": ("epochs", "iterations"),
         "optimizer": ("sgd", "lars"),
@@ -176,6 +180,13 @@ def _check_ranges(config: PretrainConfig) -> None:
         "accumulate": config.accumulate > 0,
         "epochs": config.epochs > 0,
         "image_size": config.image_size >= 32,
+        "randaugment": config.randaugment == ()
+        or (
+            (len(config.randaugment) == 2 and config.randaugment[0] > 0)
+            and 0 <= config.randaugment[1] <= 30
+        ),
+        "min_side": config.min_side > 0,
+        "max_bad_share": 0 <= config.max_bad_share <= 1,
         "print_freq": config.print_freq > 0,
         "crop_scale": len(config.crop_scale) == 2
         and 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1,

@@ -30,7 +30,10 @@ class PretrainConfig:
     Sources: arXiv:1911.05722, Sec. 3.3 and 4; where v2 differs, arXiv:2003.04297, Sec. 2.
     """
 
-    data: str = ""  # a folder with train/, or `embedded`
+    preset: str = ""  # auto: K, m, crops, batch and length from the number of images
+    data: str = ""  # a folder, a list, shards, or `embedded`: see sources.py
+    min_side: int = 8  # the least width and height of an image, pixels; smaller ones are skipped
+    max_bad_share: float = 0.05  # of files that are skipped, 0..1; with more the run stops
     dictionary: str = "queue"  # queue, bank, end-to-end, simclr, or FILE.py:CLASS
     arch: str = "resnet50"
     stem: str = "imagenet"  # or cifar: 3x3, stride 1, no pool
@@ -43,6 +46,7 @@ class PretrainConfig:
     bank_momentum: float = 0.0  # of a bank's entries; InstDisc: 0.5
     residual_gamma: float = 1.0  # weight of every block's residual branch at the start
     augmentation: str = "v1"  # v1, v2, cifar or simclr
+    randaugment: tuple[int, ...] = ()  # beside it: RandAugment's operations and magnitude, `2 9`
     crop_scale: tuple[float, ...] = (0.2, 1.0)  # share of the image's area that a view keeps
     image_size: int = 224  # side of a view, pixels
     epochs: int = 200

@@ -370,6 +370,23 @@ def differing(values: Mapping[str, object]) -> list[str]:
     ]
 
 
+def share(value: Any) -> Any:
+    """Return the first process's value, whatever it is, on all of them."""
+    values = [value]
+    if size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def collect(value: Any) -> list[Any]:
+    """Return the processes' values, whatever they are, in the order of the ranks."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def average(x: Tensor) -> Tensor:
     """Replace x, of one shape everywhere, by its mean over the processes."""
     if size() > 1:

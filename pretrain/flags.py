@@ -26,6 +26,7 @@ class Command:
         output_dir, resume, quiet: the flags; resume is empty, auto or a file.
         launch: the flags that say how this process finds the others.
         report: draw this run's curves instead of training.
+        given: the config's keys that the command line sets.
     """
 
     config: PretrainConfig
@@ -36,6 +37,7 @@ class Command:
     quiet: bool
     launch: Mapping[str, Any]
     report: Path | None = None
+    given: frozenset[str] = frozenset()
 
     def where(self) -> "Launch":
         """Return how this process finds the others."""
@@ -50,6 +52,7 @@ def build_parser(description: str) -> Parser:
     add = parser.add_argument
     add("words", nargs="*", metavar="DIR | KEY VALUE", help="the images; keys of the recipe")
     add("--config", type=Path, metavar="FILE", help="a recipe of configs/pretrain")
+    add("--preset", metavar="auto", help="K, m, crops and length from the number of images")
     add("--output-dir", type=Path, metavar="DIR", help="default: output/pretrain/<recipe>")
     add("--resume", metavar="auto|FILE", help="go on from a checkpoint of this run")
     add("--init-from", metavar="FILE", help="start from a checkpoint's backbone, of any layout")
@@ -133,7 +136,8 @@ def read_command(argv: list[str], description: str = "") -> Command:
         config = replace(config, knn_every=1)
     name = recipe.stem if recipe else f"{config.method.lower().replace(' ', '_')}_{config.arch}"
     folder = output_dir or Path("output/pretrain") / name
-    return Command(config, name, notes, folder, resume or "", quiet, launch, report)
+    given = frozenset({key for key, value in args.items() if value is not None} | {*pairs[::2]})
+    return Command(config, name, notes, folder, resume or "", quiet, launch, report, given)
 
 
 def _batch_of_all(

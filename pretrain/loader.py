@@ -21,12 +21,13 @@ BACKENDS = (PILLOW, OPENCV, DEVICE)
 Decoded = tuple[Tensor, list[Drawn]]  # (H, W, 3) uint8, and what each of its views is
 
 
-def choose_backend(wanted: str, device: str) -> str:
+def choose_backend(wanted: str, device: str, *, randaugment: bool = False) -> str:
     """Return what realises the views: what was asked for, or the fastest at hand.
 
     Args:
         wanted: one of `BACKENDS`, or empty.
         device: cpu or cuda, of the encoders.
+        randaugment: whether the views have it; it is Pillow's, in the loader.
 
     Raises:
         UserError: there is no such backend, or OpenCV is not installed.
@@ -36,7 +37,11 @@ def choose_backend(wanted: str, device: str) -> str:
     found = importlib.util.find_spec("cv2") is not None
     if wanted == OPENCV and not found:
         raise UserError("views opencv: OpenCV is not installed; pip install opencv-python-headless")
-    return wanted or (DEVICE if device == "cuda" else OPENCV if found else PILLOW)
+    if wanted == DEVICE and randaugment:
+        raise UserError("views device: randaugment runs in the loader; want views opencv or pillow")
+    if not wanted and device == "cuda" and not randaugment:
+        return DEVICE
+    return wanted or (OPENCV if found else PILLOW)
 
 
 class Views(torch.utils.data.Dataset[list[Tensor] | Decoded]):

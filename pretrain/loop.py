@@ -6,7 +6,6 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,7 +34,7 @@ from pretrain.optimizer import build_optimizer
 from pretrain.schedule import learning_rate, run_length
 from pretrain.sources import ImageList
 from pretrain.spread import spread
-from pretrain.views import AUGMENTATIONS, epoch_order, generator
+from pretrain.views import augmentation_of, epoch_order, generator
 
 RUN_NAME = "run.json"
 
@@ -276,6 +275,7 @@ class Run:
                 "arch": config.arch,
                 "set": "embedded digits" if config.data == "embedded" else config.data,
                 "images": len(self.images),
+                "skipped": len(self.images.skipped),
                 **({"K": config.K} if self.model.holds_keys else {}),
                 "negatives": negatives,
                 "m": config.m,
@@ -299,9 +299,8 @@ class Run:
 
     def _views(self) -> Views:
         config = self.config
-        scale = (config.crop_scale[0], config.crop_scale[1])
-        augmentation = replace(AUGMENTATIONS[config.augmentation], crop_scale=scale)
-        count, backend = self.model.views, config.views
+        augmentation, count = augmentation_of(config), self.model.views
+        backend = config.views
         return Views(self.images, augmentation, config.image_size, config.seed, count, backend)
 
     def _batches(self) -> Iterator[Any]:

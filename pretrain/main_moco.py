@@ -7,6 +7,8 @@ examples:
       MoCo v2 on DIR/train/CLASS/IMAGE.jpg, with the paper's settings
   python pretrain/main_moco.py DIR --config configs/pretrain/moco_v2_r50_200ep.yaml lr 0.015
       a recipe, and any of its keys as KEY VALUE
+  python pretrain/main_moco.py PHOTOS --config configs/pretrain/moco_v2_r50_own.yaml
+      your own images, in folders of any depth, a list, or .tar shards; K, m and length fit them
   torchrun --nproc-per-node 8 --max-restarts 3 pretrain/main_moco.py DIR
       one process a GPU; a group that lost a worker goes on by itself
   python pretrain/main_moco.py --report output/pretrain/moco_v1_resnet50
@@ -59,21 +61,27 @@ def run(command: Command) -> int:
     """Train, as one of the processes of a group or alone."""
     from pretrain import checkpoint, distributed
     from pretrain.checks import check, check_alike
+    from pretrain.faults import SKIPPED_NAME, open_usable, write_skipped
     from pretrain.loop import train
     from pretrain.monitor import open_knn
-    from pretrain.sources import open_set
+    from pretrain.presets import fit
 
     config, folder, say = command.config, command.output_dir, distributed.say
-    images, val = open_set(config.data)
+    images, val = open_usable(config, quiet=command.quiet)
+    config, reasons = fit(config, len(images), command.given)
     say(f"{config.method}, {config.arch}, on {images.root} ({len(images)} images)")
     hint = "for MoCo v2 on it" if config.method == "MoCo v1" else "on a folder of your own"
-    say(f"{hint}: {V2_COMMAND}", *command.notes, sep="\n")
+    say(f"{hint}: {V2_COMMAND}", *command.notes, *reasons, sep="\n")
     resume = checkpoint.choose_resume(command.resume, folder, restarted=distributed.restarts() > 0)
     path = checkpoint.find_resume(resume, folder)
     config = check(config, len(images), checkpoint.settled_keys(path))
     check_alike(config, images=len(images), checkpoint=path)
     knn = open_knn(config, images, val)
     checkpoint.claim(folder, config, resume=path, asked=bool(resume))
+    if distributed.rank() == 0:
+        skipped = write_skipped(folder, images, val)
+        if skipped:
+            say(f"skipped {skipped} files that cannot be used: {folder / SKIPPED_NAME}")
     last = train(config, images, folder, resume=path, knn=knn, quiet=command.quiet)
     say(f"checkpoint: {last}\nnext: python convert/to_detectron2.py {last}")
     return 0

@@ -12,10 +12,12 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from pretrain.blur import blur_kernel
-from pretrain.views import Drawn
+from pretrain.on_pillow import randaugment
+from pretrain.views import RANDAUGMENT, Drawn
 
 Bytes = NDArray[np.uint8]  # (H, W, 3) RGB
 
@@ -36,7 +38,10 @@ def realise(image: Bytes, view: Drawn, size: int) -> Bytes:
     small = functional.resize(crop, [size, size], antialias=True)
     pixels: Bytes = small.permute(1, 2, 0).contiguous().numpy()
     for name, strength in view.changes:
-        pixels = CHANGES[name](pixels, strength)
+        if name.startswith(RANDAUGMENT):
+            pixels = np.asarray(randaugment(Image.fromarray(pixels), name, strength))
+        else:
+            pixels = CHANGES[name](pixels, strength)
     return pixels
 
 

@@ -4,11 +4,12 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from torchvision.transforms import functional
+from torchvision.transforms import RandAugment, functional
 
-from pretrain.views import Augmentation, Drawn, draw_view
+from pretrain.views import RANDAUGMENT, Augmentation, Drawn, draw_view
 
 
 def realise(image: Image.Image, view: Drawn, size: int) -> NDArray[np.uint8]:
@@ -28,8 +29,21 @@ def _realise(image: Image.Image, view: Drawn, size: int) -> Image.Image:
     image = image.crop((left, top, left + width, top + height))
     image = image.resize((size, size), Image.Resampling.BILINEAR)
     for name, strength in view.changes:
-        image = CHANGES[name](image, strength)
+        if name.startswith(RANDAUGMENT):
+            image = randaugment(image, name, strength)
+        else:
+            image = CHANGES[name](image, strength)
     return image
+
+
+def randaugment(image: Image.Image, name: str, seed: float) -> Image.Image:
+    """Apply torchvision's RandAugment, `randaugment N M`, drawn from a seed."""
+    operations, magnitude = map(int, name.split()[1:])
+    # Torchvision draws from torch's generator: it is lent a seed of this view's.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))
+        changed: Image.Image = RandAugment(operations, magnitude)(image)
+    return changed
 
 
 def _gray(image: Image.Image, _: float) -> Image.Image:

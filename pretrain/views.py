@@ -12,11 +12,14 @@ their order, and wherever a run was stopped, an image's crops in an epoch are th
 import hashlib
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from pretrain.config import PretrainConfig
+
+RANDAUGMENT = "randaugment"
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratios of a random crop, torchvision's
 CROP_TRIES = 10  # torchvision's too: after that, the largest centred crop
 
@@ -31,6 +34,8 @@ class Augmentation:
         jitter_p, gray_p, blur_p, flip_p: probabilities.
         gray_first: v1 takes the colour away before the jitter, v2 after it.
         blur_sigma: range of the Gaussian's sigma, in pixels of the view.
+        randaugment: operations and magnitude (0 to 30) of RandAugment (arXiv:1909.13719), which
+            comes after the crop and beside the rest; empty: none.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -41,6 +46,7 @@ class Augmentation:
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     flip_p: float = 0.5
+    randaugment: tuple[int, ...] = ()
 
 
 AUGMENTATIONS = {
@@ -62,7 +68,8 @@ class Drawn:
         box: the crop (top, left, height, width), pixels of the image; it is resized to the view.
         changes: what follows, in this order, each with its strength: `brightness`, `contrast`,
             `saturation` by a factor, `hue` by so many turns, `gray`, `blur` with a sigma in pixels
-            of the view, `flip`.
+            of the view, `flip`, and `randaugment N M` of N operations and magnitude M, whose
+            strength is the seed of its own draws.
     """
 
     box: tuple[int, int, int, int]
@@ -73,8 +80,26 @@ def draw_view(width: int, height: int, recipe: Augmentation, draw: random.Random
     """Draw what makes one view of an image of this size, pixels."""
     box = crop_box(width, height, recipe.crop_scale, draw)
     steps = [_gray, _jitter] if recipe.gray_first else [_jitter, _gray]
-    changes = [change for step in [*steps, _blur, _flip] for change in step(recipe, draw)]
+    changes = [
+        change for step in [_randaugment, *steps, _blur, _flip] for change in step(recipe, draw)
+    ]
     return Drawn(box, tuple(changes))
+
+
+def augmentation_of(config: PretrainConfig) -> Augmentation:
+    """Return what a config's views draw."""
+    low, high = config.crop_scale
+    return replace(
+        AUGMENTATIONS[config.augmentation], crop_scale=(low, high), randaugment=config.randaugment
+    )
+
+
+def _randaugment(recipe: Augmentation, draw: random.Random) -> list[tuple[str, float]]:
+    """Draw the seed of RandAugment's own draws."""
+    if not recipe.randaugment:
+        return []
+    operations, magnitude = recipe.randaugment
+    return [(f"{RANDAUGMENT} {operations} {magnitude}", float(draw.getrandbits(52)))]
 
 
 def _gray(recipe: Augmentation, draw: random.Random) -> list[tuple[str, float]]:

@@ -228,6 +228,9 @@ def test_the_fastest_backend_at_hand_is_chosen(monkeypatch):
     assert choose_backend("", "cuda") == "device"
     assert choose_backend("", "cpu") == "opencv"
     assert choose_backend("pillow", "cuda") == "pillow"
+    assert choose_backend("", "cuda", randaugment=True) == "opencv"
+    with pytest.raises(UserError, match="randaugment runs in the loader"):
+        choose_backend("device", "cuda", randaugment=True)
     monkeypatch.setattr(loader.importlib.util, "find_spec", lambda name: None)
     assert choose_backend("", "cpu") == "pillow"
     with pytest.raises(UserError, match="pip install opencv-python-headless"):

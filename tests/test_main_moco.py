@@ -442,16 +442,25 @@ def test_each_mistake_ends_in_one_line_and_status_2(script, tmp_path, words, lin
     assert not list(tmp_path.rglob("checkpoint_*"))
 
 
-def test_a_broken_image_is_named_in_one_line(script, tmp_path):
+def test_a_broken_image_is_skipped_counted_and_listed_and_too_many_are_refused(script, tmp_path):
     folder = tmp_path / "set/train/a"
     folder.mkdir(parents=True)
     for i in range(40):
         Image.new("RGB", (40, 40)).save(folder / f"{i}.png")
     (folder / "7.png").write_text("no image")
-    done = script("pretrain/main_moco.py", "set", *SMALL, "-j", "1")
+    words = ["set", *SMALL, "-j", "1", "--max-steps", "1", "--output-dir", "out"]
+    done = script("pretrain/main_moco.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert "(39 images)" in done.stdout.splitlines()[0]
+    assert "skipped 1 files that cannot be used: out/skipped.txt" in done.stdout
+    assert (tmp_path / "out/skipped.txt").read_text() == "set/train/a/7.png\tis no image\n"
+    for i in range(3):
+        (folder / f"new{i}.png").write_text("no image")
+    done = script("pretrain/main_moco.py", *words, "--output-dir", "other")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("main_moco.py: image set/train/a/7.png: cannot")
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("main_moco.py: images set/train: 4 of 43 cannot be used, 9.3%")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])

@@ -1,16 +1,19 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from pretrain.config import PretrainConfig
 from pretrain.loader import Views, collate, on_device
 from pretrain.on_pillow import augment
 from pretrain.sources import ImageList
 from pretrain.views import (
     AUGMENTATIONS,
     Augmentation,
+    augmentation_of,
     crop_box,
     epoch_order,
     generator,
@@ -126,3 +129,31 @@ def test_an_epochs_order_is_a_permutation_of_its_own():
 def test_generators_of_other_words_are_others():
     draws = {float(torch.rand(1, generator=generator(0, "shuffle", step))) for step in range(100)}
     assert len(draws) == 100
+
+
+def test_randaugment_comes_beside_the_recipe_and_from_the_views_own_numbers(image, tmp_path):
+    strong = replace(OFF, randaugment=(2, 9))
+    changed = [not np.array_equal(view, plain) for view, plain in zip(
+        drawn(image, randaugment=(2, 9)), drawn(image), strict=True)]  # fmt: skip
+    assert np.mean(changed) > 0.5
+    images = folder_of(image, tmp_path)
+    views = Views(images, strong, 32, seed=0)
+    first, state = views[0, 0], torch.get_rng_state()
+    assert torch.equal(torch.get_rng_state(), state)  # torch's own generator is left alone
+    torch.manual_seed(5)
+    again = views[0, 0]
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_every_backend_that_has_randaugment_draws_the_same(image, tmp_path):
+    images = folder_of(image, tmp_path)
+    strong = replace(OFF, randaugment=(2, 9))
+    made = [Views(images, strong, 32, 0, backend=name)[0, 0][0] for name in ("pillow", "opencv")]
+    assert (made[0].int() - made[1].int()).abs().float().mean() < 2
+
+
+def test_a_config_says_what_its_views_draw():
+    config = PretrainConfig(augmentation="v2", crop_scale=(0.3, 0.9), randaugment=(2, 9))
+    wanted = replace(AUGMENTATIONS["v2"], crop_scale=(0.3, 0.9), randaugment=(2, 9))
+    assert augmentation_of(config) == wanted

@@ -13,7 +13,7 @@ from pretrain.sources import ImageList
 from pretrain.views import generator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part(ImageList):
     """Some images of a list.
 
@@ -30,7 +30,15 @@ class Part(ImageList):
         chosen = tuple(places.tolist())
         paths = tuple(whole.paths[i] for i in chosen)
         labels = tuple(whole.labels[i] for i in chosen)
-        return cls(whole.root, paths, labels, whole.classes, whole, chosen)
+        return cls(whole.root, paths, labels, whole.classes, whole=whole, places=chosen)
+
+    def name(self, index: int) -> str:
+        """Return an image's name, for people."""
+        return self.whole.name(self.places[index])
+
+    def data(self, index: int) -> bytes:
+        """Read one image's file."""
+        return self.whole.data(self.places[index])
 
     def read(self, index: int) -> Image.Image:
         """Decode one image to RGB."""
