@@ -37,7 +37,7 @@ def test_masks_and_keypoints_are_looked_up_in_the_truth_and_in_what_is_found() -
     test = datasets.load(cfg.DATASETS.TEST, training=False)
     oracle = Oracle(test, 0.0)
     worth = evaluation.evaluate(cfg, oracle, test, quiet=True).worth
-    shown = album.take_pictures(cfg, oracle, test.dicts, worth, each=1)
+    shown = album.take_pictures(cfg, oracle, test, worth, each=1)
     assert [one.title.split(":")[0] for one in shown] == ["best", "median", "worst"]
     for one in shown:
         assert one.truth.boxes == pytest.approx(one.found.boxes)

@@ -14,7 +14,7 @@ from torch import nn
 from convert.errors import UserError
 from tests.detectors import COCO, VOC, load
 from tests.own_sets import coco_content, write_coco, write_voc
-from transfer.detection import datasets, evaluation
+from transfer.detection import album, datasets, evaluation
 
 
 class Oracle(nn.Module):
@@ -130,6 +130,12 @@ def test_voc_detections_made_by_hand_have_the_number_worked_out_by_hand(tmp_path
     # one: 2 detections count, 1 object, 1 right. two: 2 count (dog's is under 0.5), 2 objects,
     # 1 right. three: nothing to find and nothing found.
     assert found.worth == {"one": pytest.approx(2 / 3), "two": pytest.approx(2 / 4)}
+    shown = album.take_pictures(cfg, Told(told), test, found.worth, each=1)
+    assert [(one.title, one.found.labels) for one in shown] == [
+        ("best: F1 0.67", ["cat 0.90"] * 3),
+        ("worst: F1 0.50", ["cat 0.90"] * 2),
+    ]
+    assert shown[0].truth.labels == ["cat", "cat (difficult)"]
     cfg.MOCO.VOC_METRIC = "area"
     area = evaluation.evaluate(cfg, Told(told), test, quiet=True)
     assert area.metrics["voc/AP75"] == pytest.approx((0.5 * 50 + 50) / 2)

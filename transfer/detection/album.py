@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper
 from detectron2.evaluation import inference_context
 from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 from torch import nn
 
+from transfer.detection import datasets
 from transfer.detection.evaluation import SCORE
 from transfer.detection.pictures import Figure, Shown
 
@@ -26,7 +27,7 @@ GROUPS = ("best", "median", "worst")
 def take_pictures(
     cfg: CfgNode,
     model: nn.Module,
-    dicts: Sequence[Mapping[str, Any]],
+    test: datasets.Loaded,
     worth: Mapping[Any, float],
     each: int = 2,
 ) -> list[Shown]:
@@ -35,22 +36,24 @@ def take_pictures(
     Args:
         cfg: the recipe.
         model: the detector.
-        dicts: Detectron2's records of the test set.
+        test: the test set.
         worth: image_id -> F1.
         each: images of a group at most.
     """
-    by_id = {image["image_id"]: image for image in dicts}
+    by_id = {image["image_id"]: image for image in test.dicts}
     mapper = DatasetMapper(cfg, False)
-    classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
     shown = []
     with inference_context(model), torch.no_grad():
-        for image_id, group in choose(dicts, worth, each):
+        for image_id, group in choose(test.dicts, worth, each):
             truth = by_id[image_id]
             found = model([mapper(dict(truth))])[0]["instances"].to("cpu")
             title = f"{group}: F1 {worth[image_id]:.2f}"
             shown.append(
                 Shown(
-                    title, Path(truth["file_name"]), _truth(truth, classes), _found(found, classes)
+                    title,
+                    Path(truth["file_name"]),
+                    _truth(truth, test.classes),
+                    _found(found, test.classes),
                 )
             )
     return shown

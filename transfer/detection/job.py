@@ -294,7 +294,7 @@ def _check_data(job: Job, test: datasets.Loaded, train: datasets.Loaded | None =
 
 def _draw(job: Job, model: nn.Module, test: datasets.Loaded, outcome: Outcome) -> None:
     """Draw what a reader looks at first: some images, and the curves."""
-    shown = take_pictures(job.cfg, model, test.dicts, outcome.worth)
+    shown = take_pictures(job.cfg, model, test, outcome.worth)
     draw_detections(job.output / PICTURE_FILE, shown, SCORE)
     losses = job.output / METRICS_FILE
     per_class = outcome.details["per_class"]
