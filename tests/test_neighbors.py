@@ -7,7 +7,7 @@ from pretrain import monitor
 from tests import reference
 from transfer.classification import neighbors
 from transfer.classification.features import Features
-from transfer.classification.neighbors import KnnConfig, knn_accuracies, nearest, vote
+from transfer.classification.neighbors import KnnConfig, knn_accuracies, largest, nearest, vote
 
 
 def drawn(count, seed, classes=5, width=16):
@@ -51,6 +51,18 @@ def test_streaming_over_the_bank_finds_the_same_neighbors(at_once, queries_at_on
     expected = (units[0] @ units[1].T).topk(20, dim=1)
     assert torch.equal(places, expected.indices)
     torch.testing.assert_close(cosines, expected.values)
+
+
+@pytest.mark.parametrize(("columns", "k"), [(1000, 3), (1017, 15), (64, 1), (500, 40), (7, 7)])
+def test_the_largest_of_each_row_are_topks(columns, k):
+    values = torch.randn(20, columns, generator=torch.Generator().manual_seed(columns))
+    found, places = largest(values, k)
+    expected = values.topk(k, dim=1)
+    assert torch.equal(found, expected.values)
+    assert torch.equal(places, expected.indices)
+    # Wherever the largest stand: all in one group, or among the columns that fill none.
+    for far in (values.sort(dim=1).values, values.sort(dim=1, descending=True).values):
+        assert torch.equal(largest(far, k)[0], far.topk(k, dim=1).values)
 
 
 def test_the_similarities_held_stay_within_the_setting():

@@ -20,6 +20,8 @@ from transfer.classification.probe import Probe
 from transfer.classification.request import ProbeConfig, Request, require_at_least
 
 QUERIES_AT_ONCE = 512
+GROUP = 16  # columns whose largest is looked for first
+LEAST_GROUPS = 4  # as many times k: with fewer, most groups would be looked into
 MEMORY_MIB = 128  # of similarities at a time, however large the bank
 BANK_SHARE = 0.9  # of the bank, drawn anew for each of several seeds
 
@@ -78,13 +80,33 @@ def nearest(
             own = slice(int(rows[0]), int(rows[-1]) + 1)
             shape = (len(rows), part.shape[1])
             similarity = torch.mm(queries[own], part, out=room[: math.prod(shape)].view(shape))
-            cosines, found = similarity.topk(min(k, part.shape[1]), dim=1)
+            cosines, found = largest(similarity, min(k, part.shape[1]))
             if first:
                 cosines, found = torch.cat([best[own], cosines], 1), found + first
                 cosines, kept = cosines.topk(k, dim=1)
                 found = torch.cat([places[own], found], 1).gather(1, kept)
             best[own, : cosines.shape[1]], places[own, : cosines.shape[1]] = cosines, found
     return best, places
+
+
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row, from the largest down, and their places, as topk does.
+
+    Of (Q, M) values with many more columns than k, the k groups of columns with the largest maxima
+    hold them all: to find the maxima costs less than topk then saves.
+    """
+    width = values.shape[1] // GROUP
+    if width < LEAST_GROUPS * k:
+        return values.topk(k, dim=1)
+    groups = values[:, : GROUP * width].view(len(values), GROUP, width)
+    chosen = groups.amax(dim=1).topk(k, dim=1).indices
+    wide = chosen[:, None].expand(-1, GROUP, -1)
+    start = torch.arange(0, GROUP * width, width, device=values.device)
+    rest = torch.arange(GROUP * width, values.shape[1], device=values.device)
+    likely = torch.cat([groups.gather(2, wide).flatten(1), values[:, GROUP * width :]], dim=1)
+    places = torch.cat([(wide + start[:, None]).flatten(1), rest.expand(len(values), -1)], dim=1)
+    found, kept = likely.topk(k, dim=1)
+    return found, places.gather(1, kept)
 
 
 def vote(cosines: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int) -> Tensor:
