@@ -284,7 +284,14 @@ def test_a_rate_too_high_for_the_features_is_said(weights, images, tmp_path, cap
         ([], "--pretrained is missing"),
         (["--pretrained", "gone.pth"], "checkpoint gone.pth: no such file"),
         (["--pretrained", "text.pth"], "checkpoint text.pth: cannot be read"),
-        (["--pretrained", "W", "--world-size", "1"], "unrecognized arguments: --world-size"),
+        (["--pretrained", "W", "--world-size", "2"], "--rank -1: want 0 to 1"),
+        (["--pretrained", "W", "--branch", "key"], "has no branch 'key'"),
+        (["--pretrained", "W", "--pixels", "purple"], "purple"),
+        (["--pretrained", "W", "stage", "output"], "feature 'output': found no head"),
+        (["--pretrained", "random", "--branch", "key"], "are of a checkpoint, not of random"),
+        (["--pretrained", "part.pth"], "1 of 120 tensors of resnet18 are missing"),
+        (["--pretrained", "other.pth"], "holds no ResNet backbone that is known here"),
+        (["--pretrained", "W", "--also-test", "gone"], "--also-test gone: no such folder"),
         (["--pretrained", "W", "epoch", "1"], "unknown key 'epoch'"),
         (["--pretrained", "W", "--epochs", "many"], "argument --epochs: invalid int value"),
         (["--pretrained", "W", "-a", "resnet50"], "holds a resnet18, --arch wants resnet50"),
@@ -301,11 +308,111 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pth").write_text("not a checkpoint")
+    state = load(weights)
+    state.pop("layer4.1.bn2.bias")
+    torch.save(state, tmp_path / "part.pth")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
+    written = {tmp_path / f"{name}.pth" for name in ("text", "part", "other")}
     words = [str(weights) if word == "W" else word for word in words]
     with pytest.raises(UserError, match=re.escape(line)) as caught:
         main_lincls.main([str(images), *words, "image_size", "32"])
     assert "\n" not in str(caught.value)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "text.pth"]
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == written
+
+
+def test_sets_that_cannot_be_judged_on_are_refused_in_one_line(weights, tmp_path):
+    sets = {
+        name: write_images(tmp_path / name, train=1, val=1) for name in ("one", "empty", "test")
+    }
+    for part in ("train", "val"):
+        for colour in ("green", "red"):
+            (sets["one"] / part / colour / "0.png").unlink()
+            (sets["one"] / part / colour).rmdir()
+    (sets["empty"] / "train/red/0.png").unlink()
+    (sets["test"] / "val/red/0.png").write_bytes(b"no image")
+    for name, line in (
+        ("one", "has one class, 'blue'; want two or more"),
+        ("empty", "class folder 'red' holds no image"),
+        ("test", "val/red/0.png: cannot be decoded"),
+    ):
+        with pytest.raises(UserError, match=line) as caught:
+            run(weights, sets[name], tmp_path / f"{name}_out", "--epochs", 1, *CACHED)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / f"{name}_out/results.json").exists()
+
+
+def test_the_references_command_line_runs_with_only_the_scripts_path_changed(
+    moco_v2_file, tmp_path, script
+):
+    images = write_images(tmp_path / "imagenet", train=1, val=1)
+    typed = (
+        f"-a resnet50 --lr 30.0 --batch-size 256 --pretrained {moco_v2_file} --dist-url "
+        "tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0 "
+    )
+    done = script("transfer/main_lincls.py", *typed.split(), images, "--max-steps", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("linear/top1 ")
+    (record,) = (tmp_path / "output/linear/defaults").rglob("results.json")
+    protocol = json.loads(record.read_text())["protocol"]
+    values = [protocol[k] for k in ("lr", "batch_size", "epochs", "schedule", "max_steps")]
+    assert values == [30.0, 256, 100, [60, 80], 1]
+
+
+def test_two_processes_see_each_image_once_and_give_one_process_numbers(weights, tmp_path):
+    images = write_images(tmp_path / "set", train=7, val=3)  # 21 and 9: no even shares
+    words = ["--epochs", 1, "-j", 0, "--grid"]
+    keys = [*AUGMENTED, "grid_lr", "0.01,0.1", "grid_features", "res4"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command = [sys.executable, *torchrun, ROOT / "transfer/main_lincls.py", images, *SHORT, *words]
+    command += ["--pretrained", weights, "--output-dir", tmp_path / "two", *keys]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("linear/top1") == 1
+    run(weights, images, tmp_path / "one", *words, *keys)
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert two["metrics"] == one["metrics"]
+    assert two["data"] == one["data"]
+    one, two = (load(tmp_path / n / "checkpoint.pth.tar") for n in ("one", "two"))
+    torch.testing.assert_close(two["state_dict"]["fc.weight"], one["state_dict"]["fc.weight"])
+    grids = [x["moco_transfer"]["grid"]["judged"]["res4"]["weight"] for x in (two, one)]
+    torch.testing.assert_close(*grids, rtol=1e-3, atol=1e-4)
+    for path in (tmp_path / "one/features").glob("*.npy"):
+        found = np.load(tmp_path / "two/features" / path.name)
+        np.testing.assert_allclose(found, np.load(path), rtol=1e-3, atol=1e-4)
+
+
+def test_shifted_sets_are_scored_with_the_same_classifier(weights, images, tmp_path):
+    shifted = write_images(tmp_path / "Images-R", train=1, val=5, seed=3) / "val"
+    (shifted / "green").rename(tmp_path / "left out")
+    folder = shifted.rename(tmp_path / "images-R")
+    words = ["--epochs", 5, *CACHED, "feature_cache", tmp_path / "cache"]
+    plain = run(weights, images, tmp_path / "out", *words)
+    with pytest.raises(UserError, match="not scored on images-r; score its classifier there with"):
+        run(weights, images, tmp_path / "out", "--resume", "--also-test", folder, *words)
+    run(weights, images, tmp_path / "out", "--resume", "-e", "--also-test", folder, *words)
+    record = json.loads((tmp_path / "out/evaluate/results.json").read_text())
+    assert record["metrics"]["linear/top1"] == plain["metrics"]["linear/top1"]
+    found = record["metrics"]["linear/images-r/top1"]
+    assert record["data"]["also_test"]["images-r"]["images"] == 10
+    assert record["data"]["also_test"]["images-r"]["classes"] == 2
+    network = torchvision.models.resnet18(num_classes=3)
+    network.load_state_dict(load(tmp_path / "out/checkpoint.pth.tar")["state_dict"])
+    views = Views(
+        image_folder(folder), ProbeConfig(image_size=32), load_backbone(weights).facts.pixels
+    )
+    with torch.no_grad():
+        logits = network.eval()(torch.stack([views[0, i][0] for i in range(10)]))
+    right = logits[:, [0, 2]].argmax(1) == torch.tensor(views.images.labels)  # blue and red compete
+    assert found == pytest.approx(100 * right.float().mean().item())
+
+
+def test_tensorboard_has_every_epoch(weights, images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(weights, images, tmp_path / "out", "--epochs", 2, "--tensorboard", *CACHED)
+    run(weights, images, tmp_path / "out", "--epochs", 3, "--tensorboard", "--resume", *CACHED)
+    events = EventAccumulator(str(tmp_path / "out/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("linear/val_top1")] == [1, 2, 3]
 
 
 def test_help_answers_at_once_with_an_example_and_the_reason_for_lr_30(script):

@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DIR",
         help="shifted test sets: ImageNet-V2, -R, -A, -Sketch, -C and folders like theirs",
     )
+    add("--tensorboard", action="store_true", help="write OUT/tensorboard too")
     add_launch(parser)
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_intermixed_args(join_resume(words))
@@ -87,6 +88,7 @@ def run(args: Namespace, request: Request, pairs: list[str]) -> int:
         request,
         device=args.device,
         also_test=tuple(args.also_test),
+        tensorboard=args.tensorboard and distributed.rank() == 0,
         quiet=request.quiet or distributed.rank() > 0,
     )
     distributed.say(format_metrics(evaluate(config, request, only_score=args.evaluate)))

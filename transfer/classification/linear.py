@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from convert.errors import Stopped, UserError
 from convert.progress import Progress
 from pretrain import distributed
+from transfer.classification.board import Board
 from transfer.classification.features import (
     Features,
     FrozenNetwork,
@@ -65,6 +66,11 @@ def evaluate(config: LinearConfig, request: Request, only_score: bool = False) -
     if only_score and request.resume is None:
         raise UserError("--evaluate needs the trained classifier: --resume, or --resume FILE")
     probe = Probe("linear", config, request, _protocol(config))
+    if probe.num_classes < 2:
+        raise UserError(
+            f"images {probe.data['name']}: has one class, '{probe.sets.train.classes[0]}'; want "
+            "two or more to tell apart"
+        )
     if not only_score:
         done = probe.finished(may_change=("epochs",))
         if done is not None:
@@ -223,15 +229,25 @@ def _train(
     weights = head.fc.weight.numel() + (0 if grid is None else grid.size)
     small = config.features == "cached" and config.batch_size * weights < SMALL_STEP
     beside = None if grid is None else grid.step
+    board = Board(file.path.parent, head.epoch) if probe.request.tensorboard else None
+
+    def after_epoch() -> None:
+        file.keep(head, grid)
+        if board is not None:
+            board.add("linear", head.history[-1])
+
     try:
         with (
             one_thread() if small else nullcontext(),
             Progress(left, "linear", quiet=probe.request.quiet) as progress,
         ):
-            train_head(head, batches, val, config, progress, lambda: file.keep(head, grid), beside)
+            train_head(head, batches, val, config, progress, after_epoch, beside)
     except Stopped:  # the epoch that was cut short is not in what the file keeps
         file.write()
         raise
+    finally:
+        if board is not None:
+            board.close()
     file.write()
 
 

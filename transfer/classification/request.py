@@ -70,6 +70,7 @@ class Request:
     Attributes:
         pretrained: a checkpoint, or the word `random`.
         arch: the network that the checkpoint must hold; None: whatever it holds.
+        tensorboard: write what is logged for it too.
         also_test: folders of shifted test sets; see `shifted.py`.
         branch, pixels, stride_in_1x1: what is said of the checkpoint, in the converter's words.
         folder: holds `train/` and `val/`; None: the embedded digits.
@@ -91,6 +92,7 @@ class Request:
     pixels: str | None = None
     stride_in_1x1: str | None = None
     also_test: tuple[Path, ...] = ()
+    tensorboard: bool = False
 
     def say(self, text: str) -> None:
         """Print a line unless only results are wanted."""
