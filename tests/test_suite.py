@@ -600,9 +600,12 @@ def test_help_is_quick_and_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], **PIPES, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, SUITE, "--help"], **PIPES)
-    assert time.monotonic() - began < 1
+    seconds = []
+    for _ in range(3):  # a busy machine may delay one of them
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, SUITE, "--help"], **PIPES)
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 1
     assert "python benchmarks/suite.py ckpt.pth --suite quick" in done.stdout
 
 
