@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -15,8 +16,10 @@ import pytest
 import yaml
 
 from benchmarks import jobs
+from benchmarks.board import Quiet
 from benchmarks.jobs import SUITES, plan, resolve
-from benchmarks.runner import alive
+from benchmarks.local import Local
+from benchmarks.runner import Runner, alive
 from benchmarks.suite import main
 from benchmarks.templates import load_suite
 from convert.errors import UserError
@@ -595,9 +598,12 @@ def test_help_is_quick_and_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], **PIPES, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, SUITE, "--help"], **PIPES)
-    assert time.monotonic() - began < 1
+    seconds = []
+    for _ in range(3):  # a busy machine may delay one of them
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, SUITE, "--help"], **PIPES)
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 1
     assert "python benchmarks/suite.py ckpt.pth --suite quick" in done.stdout
 
 
@@ -667,3 +673,15 @@ def test_a_forecast_sums_the_suites_own_costs_and_says_their_source(write, work,
     assert "times and memory: a table" in done.stdout
     assert "all of it: 2 jobs, about 2.0 h one after the other; to run: 1 jobs" in done.stdout
     assert not out.exists()
+
+
+def test_a_disk_that_fills_up_under_a_log_is_one_line_too(write, work, out):
+    class Full(Local):
+        def start(self, steps):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    out.mkdir()
+    suite = load_suite(str(write({"a": {"command": work}})))
+    runner = Runner(suite, plan(suite, {}, out), {}, out, Quiet(), Full(1))
+    with pytest.raises(UserError, match="the disk is full; make room, and the same command goes"):
+        runner.run()
