@@ -52,6 +52,8 @@ def join(output_dir: Path, files: list[Path]) -> dict[str, Any]:
         config=first["config"],
         checkpoint=first["checkpoint"],
         data=first["data"],
+        recipe=first.get("recipe"),
+        details=first.get("details"),
         started=time.time() - sum(float(record["seconds"]) for record in records),
     )
 

@@ -36,6 +36,8 @@ def test_a_run_leaves_a_whole_record(weights, images, tmp_path, capsys):
     assert set(record["metrics"]) == {"knn3/top1", "knn5/top1"}
     assert record["metrics"]["knn3/top1"] > 60  # colours: a random network sees them
     assert record["spread"] == {}
+    assert record["recipe"]["name"] == "knn_imagenet"
+    assert {"k", "view"} <= set(record["recipe"]["changed"])
     assert record["protocol"]["bank"] == "whole"
     assert record["protocol"]["temperature"] == 0.07
     assert record["checkpoint"]["arch"] == "resnet18"

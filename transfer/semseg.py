@@ -27,13 +27,12 @@ from transfer.segmentation.config import SegmentationConfig
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, fine-tune and measure; return the exit status."""
     parser = Parser(__doc__ or "")
-    add_flags(parser)
+    add_flags(parser, "images and their classes: VOC 2012's or Cityscapes' folder")
     add = parser.add_argument
     add("-b", "--batch-size", type=int, metavar="N", help="over all processes (default: 16)")
     add("--iterations", type=int, metavar="N", help="default: 30000")
     add("--max-steps", type=int, metavar="N", help="stop after so many iterations")
     add("--lr", type=float, metavar="LR", help="default: 0.003")
-    add("--precision", choices=("fp32", "bf16"), help="default: fp32")
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_intermixed_args(join_resume(words))
     request, pairs = read_request(args, "segmentation")

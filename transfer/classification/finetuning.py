@@ -102,7 +102,7 @@ def evaluate(config: FinetuneConfig, request: Request) -> dict[str, Any]:
     """
     if request.resume not in (None, "auto"):
         raise UserError("--resume FILE: name the run by --output-dir, and use --resume alone")
-    probe = Probe("finetune", config, request, _protocol(config))
+    probe = Probe("finetune", config, request, _protocol)
     places = {s: labelled(probe.sets.train, config.labels, s) for s in config.all_seeds}
     done = probe.finished()
     if done is not None:

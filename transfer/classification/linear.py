@@ -65,7 +65,7 @@ def evaluate(config: LinearConfig, request: Request, only_score: bool = False) -
         raise UserError("--resume FILE is of one seed; with --seeds use --resume alone")
     if only_score and request.resume is None:
         raise UserError("--evaluate needs the trained classifier: --resume, or --resume FILE")
-    probe = Probe("linear", config, request, _protocol(config))
+    probe = Probe("linear", config, request, _protocol)
     if probe.num_classes < 2:
         raise UserError(
             f"images {probe.data['name']}: has one class, '{probe.sets.train.classes[0]}'; want "

@@ -148,7 +148,7 @@ def evaluate(config: LogisticConfig, request: Request) -> dict[str, Any]:
     Raises:
         UserError: bad input, a class that cannot be split, or an output folder in use.
     """
-    probe = Probe("logreg", config, request, _protocol(config), tagged=True)
+    probe = Probe("logreg", config, request, _protocol, tagged=True)
     several = isinstance(probe.sets.train, TaggedImages)
     answers = Answers(tags_of(probe.sets.train), several)
     test_answers = Answers(tags_of(probe.sets.val), several)

@@ -173,7 +173,7 @@ def evaluate(config: KnnConfig, request: Request) -> dict[str, Any]:
     Raises:
         UserError: bad input, more neighbours than images, or an output folder in use.
     """
-    probe = Probe("knn", config, request, _protocol(config))
+    probe = Probe("knn", config, request, _protocol)
     images = len(probe.sets.train)
     size = images if config.seeds == 1 else int(BANK_SHARE * images)
     _refuse_large_k(config, size, images)

@@ -2,13 +2,13 @@
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from convert.backbone import RANDOM
 from pretrain import distributed
-from pretrain.config import as_dict
+from pretrain.config import as_dict, load_config
 from pretrain.sources import ImageList
 from transfer.classification.features import (
     Features,
@@ -25,7 +25,7 @@ from transfer.classification.request import (
 )
 from transfer.classification.sets import open_sets
 from transfer.classification.shifted import Shifted, describe, open_shifted
-from transfer.results import write_results
+from transfer.results import name_recipe, write_results
 
 
 class Probe:
@@ -35,7 +35,8 @@ class Probe:
         task: `linear`, `knn`.
         config: image size, stage, seeds.
         request: checkpoint, images, folders.
-        protocol: everything that changes the number, apart from checkpoint, data and seed.
+        protocol: says of a config everything that changes the number, apart from checkpoint, data
+            and seed.
         tagged: whether the protocol takes images with several classes.
 
     Raises:
@@ -47,12 +48,15 @@ class Probe:
         task: str,
         config: ProbeConfig,
         request: Request,
-        protocol: Mapping[str, Any],
+        protocol: Callable[[Any], Mapping[str, Any]],
         *,
         tagged: bool = False,
     ) -> None:
         self.started = time.time()
-        self.task, self.config, self.request, self.protocol = task, config, request, protocol
+        self.task, self.config, self.request = task, config, request
+        self.protocol = protocol(config)
+        own = load_config(type(config), request.recipe)
+        self.recipe = name_recipe(request.recipe_name(task), protocol(own), self.protocol)
         self.device = pick_device(request.device)
         self.sets = open_sets(request.folder, tagged=tagged)
         self.data = self.sets.as_dict()
@@ -141,6 +145,7 @@ class Probe:
             task=self.task,
             per_seed=per_seed,
             protocol=self.protocol,
+            recipe=self.recipe,
             config=as_dict(self.config) | {"device": str(self.device)},
             checkpoint=self.checkpoint,
             data=self.data | ({"also_test": describe(self.shifted)} if self.shifted else {}),

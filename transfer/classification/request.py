@@ -75,6 +75,7 @@ class Request:
         branch, pixels, stride_in_1x1: what is said of the checkpoint, in the converter's words.
         folder: holds `train/` and `val/`; None: the embedded digits.
         output_dir: everything that the run writes.
+        recipe: the recipe's file; None: the defaults, which are ImageNet's protocol.
         resume: None, `auto` or a checkpoint of this run.
         device: None: the best at hand. workers: processes that read images; None: by the device.
         quiet: results and errors only.
@@ -83,6 +84,7 @@ class Request:
     pretrained: str
     folder: Path | None
     output_dir: Path
+    recipe: Path | None = None
     arch: str | None = None
     resume: str | None = None
     device: str | None = None
@@ -93,6 +95,10 @@ class Request:
     stride_in_1x1: str | None = None
     also_test: tuple[Path, ...] = ()
     tensorboard: bool = False
+
+    def recipe_name(self, task: str) -> str:
+        """Name the recipe for a record: `linear_imagenet`, where none was given too."""
+        return self.recipe.stem if self.recipe else f"{task}_imagenet"
 
     def say(self, text: str) -> None:
         """Print a line unless only results are wanted."""
@@ -135,10 +141,12 @@ def split_source(source: str, key: str = "stage") -> tuple[str, int]:
     return stage, int(side) if pooled else 1
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every classification script has."""
+def add_flags(
+    parser: argparse.ArgumentParser, images: str = "DIR/train and DIR/val, one folder a class"
+) -> None:
+    """Add the flags that every classification script has; `images` says what DIR is."""
     add = parser.add_argument
-    add("words", nargs="*", metavar="DIR", help="images: DIR/train and DIR/val, one folder a class")
+    add("words", nargs="*", metavar="DIR", help=images)
     add("--config", type=Path, metavar="FILE", help="a recipe; KEY VALUE pairs override it")
     add("--pretrained", default="", metavar="FILE", help="checkpoint, released name, or random")
     add("-a", "--arch", metavar="NAME", help="network the checkpoint must hold (default: its own)")
@@ -182,6 +190,7 @@ def read_request(args: argparse.Namespace, task: str) -> tuple[Request, list[str
         arch=args.arch,
         folder=folder,
         output_dir=args.output_dir or default,
+        recipe=args.config,
         resume=args.resume,
         device=args.device,
         workers=args.workers,

@@ -99,7 +99,7 @@ def evaluate(config: SvmConfig, request: Request) -> dict[str, Any]:
     Raises:
         UserError: bad input, a class with too few images, or an output folder in use.
     """
-    probe = Probe("svm", config, request, _protocol(config), tagged=True)
+    probe = Probe("svm", config, request, _protocol, tagged=True)
     tags, test_tags = tags_of(probe.sets.train), tags_of(probe.sets.val)
     _refuse_few(config, tags, probe.sets.train.classes)
     done = probe.finished()

@@ -20,10 +20,10 @@ from convert.errors import Stopped, StopRequest, UserError
 from convert.files import atomic_write
 from convert.progress import Progress
 from pretrain import distributed
-from pretrain.config import as_dict
+from pretrain.config import as_dict, load_config
 from transfer.classification.features import open_backbone, pick_device
 from transfer.classification.request import Request, claim_folder, refuse_other_run
-from transfer.results import write_results
+from transfer.results import name_recipe, write_results
 from transfer.segmentation.config import SegmentationConfig
 from transfer.segmentation.crops import Crops, Places, normalised
 from transfer.segmentation.network import Fcn, synchronise_norms
@@ -223,7 +223,19 @@ def evaluate(config: SegmentationConfig, request: Request) -> dict[str, Any]:
         checkpoint=backbone.facts.as_dict(),
         data={"train": train.record(), "val": val.record()},
         started=started,
+        recipe=name_recipe(
+            request.recipe.stem if request.recipe else "voc12_R50_FCN_30k",
+            load_config(SegmentationConfig, request.recipe).protocol(),
+            config.protocol(),
+        ),
+        details={"per_class": {f"{config.layout}/IoU": _mean_by_class(per_class)}},
     )
+
+
+def _mean_by_class(per_seed: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for seed in per_seed for name in seed)
+    values = {name: [seed[name] for seed in per_seed if name in seed] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def _train(run: Run, request: Request, identity: Mapping[str, Any]) -> None:
