@@ -13,7 +13,6 @@ import hashlib
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import PIL
 import torch
@@ -26,7 +25,7 @@ from pretrain import decoding, distributed
 from pretrain.checks import loading_workers
 from pretrain.config import PretrainConfig
 from pretrain.listing import Memory, stamp
-from pretrain.sources import ArrayList, ImageList, named, open_set
+from pretrain.sources import EMBEDDED, ArrayList, ImageList, named, open_set
 
 SKIPPED_NAME = "skipped.txt"
 MISSING = "no such file"
@@ -49,15 +48,12 @@ def open_usable(
     Raises:
         UserError: see `open_set` and `skip_faulty`.
     """
-    opened: Any = None
-    if distributed.rank() == 0:
-        try:
-            opened = open_set(config.data)
-        except UserError as error:
-            opened = error
-    opened = distributed.share(opened)
+    opened = distributed.share(_open(config.data) if distributed.rank() == 0 else None)
     if isinstance(opened, UserError):
         raise opened
+    train, val = opened
+    if config.data == EMBEDDED:  # its files are this program's own
+        return train, val
     train, val = (
         part
         and skip_faulty(
@@ -67,7 +63,7 @@ def open_usable(
             workers=loading_workers(config.workers),
             quiet=quiet,
         )
-        for part in opened
+        for part in (train, val)
     )
     if len(train) == 1:
         raise UserError(
@@ -75,6 +71,13 @@ def open_usable(
             "cannot be used; contrast needs others to tell it from"
         )
     return train, val
+
+
+def _open(data: str) -> tuple[ImageList, ImageList | None] | UserError:
+    try:
+        return open_set(data)
+    except UserError as error:  # the other processes must hear of it too
+        return error
 
 
 def skip_faulty(
@@ -102,7 +105,8 @@ def skip_faulty(
     memory = _Verdicts(images, min_side)
     faults, unread = distributed.share(memory.recall() if distributed.rank() == 0 else None)
     total = len(images)
-    shown = Progress(len(unread), "check images", quiet=quiet or distributed.rank() > 0)
+    quiet = quiet or distributed.rank() > 0 or len(unread) <= AT_ONCE  # that is seconds
+    shown = Progress(len(unread), "check images", quiet=quiet)
     step = AT_ONCE * distributed.size()
     done = 0
     try:
@@ -163,7 +167,15 @@ def _judge(
         collate_fn=list,
         worker_init_fn=_ignore_interrupt,
     )
-    return {index: verdict for batch in loader for index, verdict in batch if verdict}
+    try:
+        return {index: verdict for batch in loader for index, verdict in batch if verdict}
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a process that checks images ended: {str(error).splitlines()[0]} Memory ran out, or "
+            f"somebody ended it; {workers} workers may be too many: lower --workers"
+        ) from error
 
 
 def _ignore_interrupt(worker: int) -> None:
