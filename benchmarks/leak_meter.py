@@ -1,4 +1,4 @@
-"""Show batch norm's leak: the leak meter on runs with one batch norm group and with eight.
+"""Look for batch norm's leak: the leak meter on runs with one batch norm group and with eight.
 
 examples:
   python benchmarks/leak_meter.py
