@@ -7,13 +7,15 @@ import pytest
 
 pytest.importorskip("detectron2")
 
+import numpy as np
 import torch
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from torch import nn
 
 from convert.errors import UserError
 from convert.files import ROOT
-from tests.detectors import COCO, load
+from tests.detectors import COCO, VOC, load, narrow
 from transfer.detection import roi_heads, weights
 
 
@@ -59,3 +61,14 @@ def test_the_extra_norm_is_the_recipes_own_and_is_trained(norm: str, kind: type)
 def test_a_recipe_without_a_norm_is_refused() -> None:
     with pytest.raises(UserError, match=r"MODEL.RESNETS.NORM: is empty"):
         weights.build_detector(load(COCO, "MODEL.RESNETS.NORM", ""))
+
+
+def test_detectron2s_own_predictor_runs_a_detector_that_was_trained_here(tmp_path) -> None:
+    cfg = narrow(VOC, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    built = weights.build_detector(cfg)
+    torch.save({"model": built.state_dict(), "moco_transfer": {"facts": {}}}, cfg.MODEL.WEIGHTS)
+    predictor = DefaultPredictor(cfg)
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    assert predictor(image)["instances"].image_size == (64, 64)
+    norm = predictor.model.roi_heads.res5.norm
+    assert norm.weight.equal(built.roi_heads.res5.norm.weight)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -131,6 +132,7 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path) -> None:
         ("MODEL.WEIGHTS gone.pth", "MODEL.WEIGHTS gone.pth: no such file"),
         ("MODEL.WEIGHTS garbage.pth", "garbage.pth: cannot be read"),
         ("MODEL.WEIGHTS garbage.pkl", "garbage.pkl: cannot be read"),
+        ("MODEL.WEIGHTS cut.pkl", "cut.pkl: cannot be read"),
         ("RANDOM --num-gpus 3", "found 2 for 3 processes"),
         ("RANDOM OUTPUT_DIR /proc/x", "output folder /proc: cannot be written"),
         ("RANDOM --resume=gone.pth", "--resume gone.pth: no such checkpoint"),
@@ -169,6 +171,7 @@ def test_what_a_user_can_mend_is_said(tmp_path, monkeypatch, words: str, complai
     Path("broken.json").write_text('{"images": [')
     write_voc(tmp_path / "VOC")
     write_coco(tmp_path, coco_content(categories=[{"id": 1, "name": "mouse"}]))
+    Path("cut.pkl").write_bytes(pickle.dumps({"model": {"stem.conv1.weight": [1.0]}})[:-4])
     pairs = words.replace("RANDOM", "MODEL.WEIGHTS EMPTY").split()
     with pytest.raises(UserError) as refused:
         train_net.main(["--config", str(VOC), *("" if w == "EMPTY" else w for w in pairs)])
