@@ -292,11 +292,11 @@ def draw_sensitivity(path: Path, ranking: Sequence[Outcome], reference: Cell) ->
     axis.axvline(reference.lr, color="grey", linestyle=":", linewidth=1)
     axis.annotate(
         f"fixed protocol: {reference}",
-        (reference.lr, 1.0),
+        (reference.lr, 0.02),
         xycoords=("data", "axes fraction"),
         rotation=90,
         ha="right",
-        va="top",
+        va="bottom",
         fontsize=7,
         color="grey",
     )
