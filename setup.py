@@ -44,6 +44,7 @@ setup(
         # What Detectron2 needs; itself it has no release on the index: see README, "Install".
         "detection": [
             "cloudpickle",
+            "faster-coco-eval>=1.8",
             "fvcore>=0.1.5.post20221221",
             "hydra-core>=1.1",
             "iopath>=0.1.9,<0.1.10",
@@ -64,6 +65,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "submitit>=1.5.2",
             "types-PyYAML",
             "types-tqdm",
             # Their own code writes checkpoints that the tests read.

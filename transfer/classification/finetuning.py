@@ -102,6 +102,8 @@ def evaluate(config: FinetuneConfig, request: Request) -> dict[str, Any]:
     """
     if request.resume not in (None, "auto"):
         raise UserError("--resume FILE: name the run by --output-dir, and use --resume alone")
+    if config.precision != "fp32":
+        raise UserError(f"precision is '{config.precision}', fine-tuning runs in fp32")
     probe = Probe("finetune", config, request, _protocol)
     places = {s: labelled(probe.sets.train, config.labels, s) for s in config.all_seeds}
     done = probe.finished()

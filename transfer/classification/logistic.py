@@ -247,7 +247,7 @@ def _protocol(config: LogisticConfig) -> dict[str, Any]:
         "task": "logreg",
         "features": f"{config.stage}, average-pooled",
         "view": f"resize {config.resize}, centre crop {config.image_size}",
-        "precision": "fp32",
+        "precision": config.precision,
         "solver": f"L-BFGS, at most {config.max_iter} steps",
         "l2": f"{config.l2_values} from 1e{GRID[0]} to 1e{GRID[1]}",
         "metric": config.metric,

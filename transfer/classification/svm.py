@@ -277,7 +277,7 @@ def _protocol(config: SvmConfig) -> dict[str, Any]:
         "task": "svm",
         "features": f"{config.stage}, average-pooled, L2-normalised",
         "view": f"resize {config.resize}, centre crop {config.image_size}",
-        "precision": "fp32",
+        "precision": config.precision,
         "machine": "LIBLINEAR, squared hinge, l2, dual, one against the rest",
         "costs": list(config.costs),
         "folds": config.folds,
