@@ -17,6 +17,10 @@ from transfer.results import FILE_NAME, SCHEMA
 
 RANDOM = "random init"
 INITS = ("moco", "supervised", "random")  # what a recipe's name may end with
+ALIASES = {  # the reference's own names of recipes
+    "pascal_voc_R_50_C4_24k": "voc_R50_C4_24k",
+    "coco_R_50_C4_2x": "coco_R50_C4_2x",
+}
 LEFT_OUT = ("replaced",)  # where a suite puts what it has run again
 
 
@@ -134,7 +138,8 @@ def read_record(file: Path) -> Record:
 def recipe_stem(name: str) -> str:
     """Return a recipe's name without what it starts from: `voc_R50_C4_24k_moco` without `_moco`."""
     head, _, last = name.rpartition("_")
-    return head if head and last in INITS else name
+    stem = head if head and last in INITS else name
+    return ALIASES.get(stem, stem)
 
 
 def differing_keys(records: Iterable[Record]) -> dict[str, list[Any]]:

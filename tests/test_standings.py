@@ -169,6 +169,7 @@ def test_a_recipes_name_loses_only_what_it_starts_from():
     assert recipe_stem("coco_R50_C4_1x_moco") == "coco_R50_C4_1x"
     assert recipe_stem("voc_R50_C4_24k_random") == "voc_R50_C4_24k"
     assert recipe_stem("linear_imagenet") == "linear_imagenet"
+    assert recipe_stem("pascal_voc_R_50_C4_24k_moco") == "voc_R50_C4_24k"
 
 
 @pytest.fixture(scope="module")
