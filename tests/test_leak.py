@@ -10,6 +10,7 @@ from pretrain.checks import check
 from pretrain.config import PretrainConfig
 from pretrain.contrast import Contrast
 from pretrain.leak import found_percent, measure
+from pretrain.loader import collate, on_device
 from pretrain.loop import Run, train
 from pretrain.monitor import read_log
 from pretrain.sources import image_folder
@@ -45,7 +46,9 @@ class Honest(Contrast):
 
 
 class Images(torch.utils.data.Dataset):
-    """Two views of random images, the second a little changed."""
+    """Two views of random images as bytes, the second a little changed."""
+
+    size = 8
 
     def __len__(self):
         return 64
@@ -53,8 +56,8 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, item):
         _, index = item
         draw = torch.Generator().manual_seed(index)
-        image = torch.rand(3, 8, 8, generator=draw)
-        return [image, image + 0.001 * torch.randn(3, 8, 8, generator=draw)]
+        image = torch.randint(0, 255, (3, 8, 8), generator=draw, dtype=torch.uint8)
+        return [image, image + (image == 7)]
 
 
 def test_it_tells_who_looks_at_the_batch_from_who_looks_at_the_image():
@@ -86,7 +89,8 @@ def test_measuring_changes_no_bit_of_the_training(pictures, tmp_path):  # noqa: 
 def test_one_group_shuffled_in_itself_hides_nothing_and_the_pool_does(pictures, tmp_path):  # noqa: F811
     config = small_config(pictures, bn_groups=1, leak=True)
     run = Run(config, image_folder(pictures / "train"), tmp_path, None)
-    views = torch.stack([run._views()[0, index][0] for index in range(32)])
+    batch = collate([run._views()[0, index] for index in range(32)])
+    views = on_device(batch, run.device, config.image_size)[0]
     order = torch.randperm(16)
     with torch.no_grad():
         whole = run.model.encode(run.model.encoder_k, views[:16])

@@ -38,7 +38,7 @@ class ListedImages(ImageList):
         return lines.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaggedImages(ImageList):
     """Images with any number of classes each.
 
@@ -55,7 +55,7 @@ class TaggedImages(ImageList):
         return hashlib.sha256(names.encode() + self.tags.astype(np.int8).tobytes()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedImages(ImageList):
     """Images that lie together in a few files.
 
@@ -149,7 +149,8 @@ def _tagged(
                 f"images {root}: class '{label}' has no image in one part where it is not difficult"
             )
     paths = tuple(root / "JPEGImages" / f"{name}.jpg" for name in names)
-    return TaggedImages(root, _present(paths, root), tuple(range(len(paths))), tuple(classes), tags)
+    places = tuple(range(len(paths)))
+    return TaggedImages(root, _present(paths, root), places, tuple(classes), tags=tags)
 
 
 def cifar(root: Path) -> Parts | None:
@@ -198,7 +199,8 @@ def _packed(root: Path, names: Sequence[str], key: str, classes: Sequence[str]) 
         paths += [root / name] * len(found)
         labels += found
         pixels.append(flat.transpose(0, 2, 3, 1))
-    return PackedImages(root, tuple(paths), tuple(labels), tuple(classes), np.concatenate(pixels))
+    joined = np.concatenate(pixels)
+    return PackedImages(root, tuple(paths), tuple(labels), tuple(classes), pixels=joined)
 
 
 def inaturalist(root: Path) -> Parts | None:
