@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.moco-transfer-installed
 CODE := convert pretrain transfer benchmarks tests setup.py
 
-.PHONY: help install demo test test-fast check format clean
+.PHONY: help install demo test test-all test-fast check format clean
 
 help:
 	@echo "make install    the pinned set, with Detectron2, into $(VENV)"
 	@echo "make demo       the whole road on embedded images: a page in a quarter of an hour"
-	@echo "make test       all fast tests, and one walk of the whole road"
+	@echo "make test       the tests, and one walk of the whole road: a quarter of an hour on two cores"
+	@echo "make test-all   further variants too"
 	@echo "make test-fast  without the walk"
 	@echo "make check      format, lint, types"
 	@echo "make format     put the code into the format that check wants"
@@ -43,10 +44,13 @@ demo: install
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test: install
+	$(TEST) -m "not long"
+
+test-all: install
 	$(TEST)
 
 test-fast: install
-	$(TEST) -m "not slow"
+	$(TEST) -m "not slow and not long"
 
 check: install
 	$(BIN)/ruff format --check $(CODE)

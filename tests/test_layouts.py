@@ -158,7 +158,7 @@ def test_where_a_file_does_not_say_what_it_expects_one_must(folder, origin):
 def convertible() -> list[Any]:
     """The first origin of each layout; the others take minutes."""
     return [
-        pytest.param(origin, marks=[] if origin is FIRST[origin.slug] else pytest.mark.slow)
+        pytest.param(origin, marks=[] if origin is FIRST[origin.slug] else pytest.mark.long)
         for origin in ORIGINS
         if origin.slug != "moco-cifar"
     ]

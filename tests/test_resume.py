@@ -168,4 +168,4 @@ def test_stopped_on_4_processes_it_goes_on_with_2(photos, tmp_path):  # noqa: F8
     assert f"resumed {saved} at step 3" in said
     four, two = losses(tmp_path / "four"), losses(tmp_path / "two")
     assert two.keys() == {4}
-    assert two[4] == pytest.approx(four[4], abs=1e-5)
+    assert two[4] == pytest.approx(four[4], abs=1e-5 + 5e-6)  # the log has five digits

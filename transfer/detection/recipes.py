@@ -129,7 +129,7 @@ def scale_to_gpus(cfg: CfgNode, processes: int) -> list[str]:
     cfg.merge_from_other_cfg(scaled)
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     now = flatten(cfg)
-    lines = [f"{k}: {before[k]} -> {now[k]}" for k in now if before[k] != now[k]]
+    lines = [f"{k}: {before[k]} -> {now[k]}" for k in sorted(now) if before[k] != now[k]]
     return [f"scaled from {gpus} GPUs to {processes}:", *(f"  {line}" for line in lines)]
 
 
