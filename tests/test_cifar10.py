@@ -10,6 +10,7 @@ SMALL = ["batch_size", "16", "K", "32", "bn_groups", "2", "epochs", "2", "worker
 SMALL += ["device", "cpu", "precision", "fp32"]
 
 
+@pytest.mark.long
 def test_the_table_has_a_row_a_method_and_what_is_done_is_not_done_again(
     tmp_path, capsys, monkeypatch
 ):

@@ -84,6 +84,7 @@ def test_a_built_set_is_returned_silently_and_untouched(race, root, monkeypatch,
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_another_process_builds_the_same_bytes(root, sources, tmp_path):
     embedded.build(tmp_path, sources, RECIPE)
     names = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())

@@ -148,6 +148,7 @@ def test_a_stride_in_the_1x1_is_another_network(resnet50):
     assert not torch.allclose(one, other, rtol=0.05)
 
 
+@pytest.mark.long
 def test_the_same_source_with_other_options_is_another_conversion(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_resnet18(tmp_path / "a.pth")
@@ -158,6 +159,7 @@ def test_the_same_source_with_other_options_is_another_conversion(tmp_path, monk
     assert "already" not in convert(path, options=Options(pixels=UNIT_PIXELS), force=True)
 
 
+@pytest.mark.long
 def test_a_basic_network_has_no_c4_target_and_the_reason_is_said(tmp_path, script):
     write_resnet18(tmp_path / "a.pth")
     done = script("convert/to_detectron2.py", "a.pth")

@@ -41,6 +41,7 @@ def run(tmp_path: Path, jobs: dict, *words: str, gpus: str, parallel: int = 8) -
     return {f"{f.parent.name}{f.name[4:]}": f.read_text().split() for f in out.glob("*/note*")}
 
 
+@pytest.mark.long
 def test_jobs_share_the_gpus_and_none_has_anothers(tmp_path):
     jobs = {name: {} for name in "abcd"} | {"cpu": {"gpu": False}}
     notes = run(tmp_path, jobs, gpus="3,5")
@@ -66,6 +67,7 @@ def test_a_job_of_several_processes_has_a_gpu_each_through_torchrun_or_its_own_f
     assert notes["own0"][3:] == ["1", "2"]
 
 
+@pytest.mark.long
 def test_without_gpus_a_job_is_one_process_unless_asked(tmp_path):
     notes = run(tmp_path, {"many": {"processes": 8}}, gpus="")
     assert list(notes) == ["many0"]

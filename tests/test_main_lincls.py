@@ -252,6 +252,7 @@ def test_a_file_of_another_run_is_not_gone_on_with(weights, images, tmp_path):
         resume()
 
 
+@pytest.mark.long
 def test_the_references_flags_work_as_typed(weights, images, tmp_path, script):
     done = script(
         "transfer/main_lincls.py",

@@ -317,6 +317,7 @@ def test_a_folder_without_records_is_one_line(name, tmp_path):
         gather(tmp_path / name)
 
 
+@pytest.mark.long
 def test_the_script_writes_the_report_again_and_its_help_is_quick(folder):
     script = ROOT / "benchmarks/report.py"
     done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)

@@ -152,6 +152,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(photos, tmp_path):  # noq
     assert step == logged(tmp_path / "out")
 
 
+@pytest.mark.long
 def test_stopped_on_4_processes_it_goes_on_with_2(photos, tmp_path):  # noqa: F811
     def group(count, *words):
         words = ["-b", 32, "--checkpoint-every", 3, *words]

@@ -16,6 +16,7 @@ def made(tmp_path_factory):
     return root
 
 
+@pytest.mark.long
 def test_a_row_a_checkpoint_and_a_column_a_set_and_protocol(made, tmp_path, capsys):
     words = ["--init", f"other={made / 'resnet18.pth'}", "--arch", "resnet18", "--seeds", "2"]
     words += ["--set", f"colours={made / 'colours'}", "--set", f"voc={made / 'voc'}"]

@@ -179,6 +179,7 @@ def test_cores_are_divided_among_the_jobs(work, write, run, out, monkeypatch):
     assert notes(out)[-1][-1] == "7"
 
 
+@pytest.mark.long
 def test_a_changed_base_recipe_runs_its_job_and_those_behind_it_again(
     work, write, run, out, tmp_path
 ):

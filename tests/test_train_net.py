@@ -293,6 +293,7 @@ def test_mask_rcnn_trains_and_is_measured_and_measured_again(tmp_path) -> None:
     assert "digit only in out/model_final.pth; cat only in" in line
 
 
+@pytest.mark.long
 @needs_detectron2
 @pytest.mark.slow
 def test_ctrl_c_saves_and_resume_ends_what_was_begun(tmp_path) -> None:

@@ -82,7 +82,7 @@ def test_images_that_come_slowly_starve_the_device(pictures, tmp_path):  # noqa:
 
 
 def test_a_rate_far_too_high_ends_in_no_number_and_the_log_says_so(pictures, tmp_path):  # noqa: F811
-    config = small_config(pictures, lr=1e6, epochs=8)
+    config = small_config(pictures, lr=1e12, epochs=8)
     with pytest.raises(UserError, match="loss is not finite at step"):
         train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
     ((step, words),) = said(tmp_path, "not finite")
