@@ -23,7 +23,7 @@ from pretrain.sources import image_folder
 from tests.conftest import ROOT
 from tests.odd_images import broken_files, odd_files, write
 
-PHOTOS = Path("/work/shared/data/caltech101/train")
+PHOTOS = ROOT.parent / "shared/data/caltech101/train"  # beside the checkout, where it is
 SMALL = PretrainConfig(
     arch="resnet18", mlp=True, tau=0.2, augmentation="v2", K=32, batch_size=16, image_size=32,
     epochs=2, workers=0, device="cpu", precision="fp32", max_bad_share=0.3, print_freq=1,

@@ -17,7 +17,7 @@ def test_the_printed_example_is_short_trains_and_goes_on(script, tmp_path):
     (tmp_path / "decoupled.py").write_text(blocks["python"])
     (tmp_path / "decoupled.yaml").write_text(blocks["yaml"])
     words = ["--config", "decoupled.yaml", "--device", "cpu", "--output-dir", "out", "-p", "5"]
-    words += ["--checkpoint-every", "20", "-j", "1"]
+    words += ["--checkpoint-every", "20", "-j", "1", "--views", "pillow"]
     for steps in (20, 40):
         done = script("pretrain/main_moco.py", *words, "--max-steps", steps, "--resume")
         assert done.returncode == 0, done.stderr
@@ -25,7 +25,7 @@ def test_the_printed_example_is_short_trains_and_goes_on(script, tmp_path):
     assert "at step 20 of 40" in done.stdout
     losses = [line["loss"] for line in read_log(tmp_path / "out")]
     assert len(losses) == 8
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.2
     (path,) = (tmp_path / "out").glob("checkpoint_*")
     facts = load_backbone(path).facts
     assert (facts.method, facts.arch) == ("Decoupled", "resnet18")
