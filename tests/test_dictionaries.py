@@ -242,7 +242,6 @@ LEARNING = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dictionary", LEARNING)
 def test_each_method_learns_on_the_embedded_set_and_its_checkpoint_travels_on(dictionary, tmp_path):
     images, _ = open_set("embedded")

@@ -152,10 +152,9 @@ def test_a_signal_to_one_process_stops_all_at_one_step(photos, tmp_path):  # noq
     assert step == logged(tmp_path / "out")
 
 
-@pytest.mark.long
 def test_stopped_on_4_processes_it_goes_on_with_2(photos, tmp_path):  # noqa: F811
     def group(count, *words):
-        words = ["-b", 32, "--checkpoint-every", 3, *words]
+        words = ["-b", 32, "--checkpoint-every", 3, "--views", "pillow", *words]
         processes = start_group(photos, tmp_path, count, *words)
         said = [process.communicate(timeout=300) for process in processes]
         assert all(process.returncode == 0 for process in processes), said
@@ -169,4 +168,4 @@ def test_stopped_on_4_processes_it_goes_on_with_2(photos, tmp_path):  # noqa: F8
     assert f"resumed {saved} at step 3" in said
     four, two = losses(tmp_path / "four"), losses(tmp_path / "two")
     assert two.keys() == {4}
-    assert two[4] == pytest.approx(four[4], abs=1e-5 + 5e-6)  # the log has five digits
+    assert two[4] == pytest.approx(four[4], abs=1e-5)

@@ -92,16 +92,8 @@ def measure(
         if where.type == "cuda":
             torch.cuda.synchronize(where)
 
-    kinds = {"one": None, "grid": grid.step}
-    for beside in kinds.values():
-        step(beside)
-    times: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-    for _ in progress(range(runs), runs, "steps of both kinds", "run", quiet=quiet):
-        for kind, beside in kinds.items():
-            started, cpu = time.perf_counter(), time.process_time()
-            step(beside)
-            used = {"s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
-            times[kind].append(used)
+    kinds = {"one": lambda: step(None), "grid": lambda: step(grid.step)}
+    times = in_turn(kinds, runs, quiet=quiet)
     found = {
         f"{kind}_{key}": statistics.median(run[key] for run in times[kind])
         for kind in kinds
@@ -121,6 +113,26 @@ def measure(
         "all": times,
         "environment": environment(),
     }
+
+
+def in_turn(
+    kinds: dict[str, Callable[[], None]], runs: int, *, quiet: bool
+) -> dict[str, list[dict[str, float]]]:
+    """Time each kind of step once a run, one after the other, after one that does not count.
+
+    Returns:
+        kind -> of each run the seconds on the clock, `s`, and of the processor, `cpu_s`.
+    """
+    for step in kinds.values():
+        step()
+    times: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for _ in progress(range(runs), runs, "steps of both kinds", "run", quiet=quiet):
+        for kind, step in kinds.items():
+            started, cpu = time.perf_counter(), time.process_time()
+            step()
+            used = {"s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
+            times[kind].append(used)
+    return times
 
 
 def table(record: dict[str, Any]) -> str:
