@@ -10,13 +10,11 @@ size or date are read.
 """
 
 import hashlib
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 import PIL
 import torch
-from torch.utils.data import DataLoader
 
 from convert.errors import UserError
 from convert.files import write_text
@@ -26,6 +24,7 @@ from pretrain.checks import loading_workers
 from pretrain.config import PretrainConfig
 from pretrain.listing import Memory, stamp
 from pretrain.sources import EMBEDDED, ArrayList, ImageList, named, open_set
+from pretrain.workers import load
 
 SKIPPED_NAME = "skipped.txt"
 MISSING = "no such file"
@@ -160,27 +159,9 @@ def _judge(
 ) -> dict[int, Verdict]:
     """Return what is wrong with some of the images, by their places."""
     helpers = 0 if len(places) <= FEW else -(-workers // distributed.local_size())
-    loader = DataLoader(
-        _Check(images, min_side),
-        batch_sampler=[list(places[i : i + 64]) for i in range(0, len(places), 64)],
-        num_workers=helpers,
-        collate_fn=list,
-        worker_init_fn=_ignore_interrupt,
-    )
-    try:
-        return {index: verdict for batch in loader for index, verdict in batch if verdict}
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a process that checks images ended: {str(error).splitlines()[0]} Memory ran out, or "
-            f"somebody ended it; {workers} workers may be too many: lower --workers"
-        ) from error
-
-
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's reaches all; the parent ends them
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    batches = [places[i : i + 64] for i in range(0, len(places), 64)]
+    judged = load(_Check(images, min_side), batches, helpers, list)
+    return {index: verdict for batch in judged for index, verdict in batch if verdict}
 
 
 class _Verdicts:

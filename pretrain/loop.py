@@ -1,19 +1,16 @@
 """The training loop: one step after another, everything logged; stopped, it goes on exactly."""
 
-import errno
 import math
 import random
-import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from convert.backbone import load_backbone, weights_digest
 from convert.errors import Stopped, StopRequest, UserError
@@ -35,6 +32,7 @@ from pretrain.schedule import learning_rate, run_length
 from pretrain.sources import ImageList
 from pretrain.spread import spread
 from pretrain.views import augmentation_of, epoch_order, generator
+from pretrain.workers import load, watched
 
 RUN_NAME = "run.json"
 
@@ -82,20 +80,18 @@ def train(
     images_done, total = run.step * config.batch_size, run.steps * config.batch_size
     shown = Progress(total, "pretrain", done=images_done, quiet=quiet or distributed.rank() > 0)
     try:
-        with StopRequest(distributed.STOPS) as stop, shown:
+        with watched(config.workers), closing(run), StopRequest(distributed.STOPS) as stop, shown:
             last = run.go(stop, shown, resume)
     except BrokenPipeError:  # whoever reads our lines left
         raise
     except OSError as error:
-        raise UserError(_system_error(error, config.workers, folder)) from error
+        raise UserError(
+            f"the system refused ({error.strerror or error}): see to {error.filename or folder}, "
+            "then go on with --resume auto"
+        ) from error
     except (RuntimeError, MemoryError) as error:
-        if "DataLoader worker" in str(error):
-            raise UserError(_killed_worker(error, config.workers)) from error
         _refuse_if_out_of_memory(error)
         raise
-    finally:
-        if run.watch:
-            run.watch.log.close()
     if distributed.rank() == 0:
         run.finish(last)
     return last
@@ -188,6 +184,11 @@ class Run:
         self.seconds = 0.0
         self.watch: Watch | None = None
         self.embedded: list[tuple[Tensor, Tensor]] = []  # of the last step, part by part
+
+    def close(self) -> None:
+        """Write what the log still holds."""
+        if self.watch:
+            self.watch.log.close()
 
     def go(self, stop: StopRequest, shown: Progress, resumed: Path | None) -> Path:
         """Take the steps that are left; return the last checkpoint."""
@@ -305,14 +306,9 @@ class Run:
 
     def _batches(self) -> Iterator[Any]:
         config = self.config
-        yield from DataLoader(
-            self._views(),
-            collate_fn=collate,
-            batch_sampler=_Batches(self),
-            num_workers=-(-config.workers // distributed.local_size()),
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_signals,
-        )
+        workers = -(-config.workers // distributed.local_size())
+        pin = self.device.type == "cuda"
+        yield from load(self._views(), _Batches(self), workers, collate, pin_memory=pin)
 
     def _epoch(self) -> float:
         return round(self.step / self.steps_per_epoch, 4)
@@ -480,31 +476,3 @@ def _refuse_if_out_of_memory(error: Exception) -> None:
             f"memory ran out ({words[-160:]}); lower --batch-size, or take it in parts with "
             "--accumulate; lower --moco-k, the key dim or image_size"
         ) from error
-
-
-def _system_error(error: OSError, workers: int, folder: Path) -> str:
-    if error.errno in {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}:
-        cause = f"{workers} workers are more than this machine holds; lower --workers"
-    else:
-        cause = f"see to {error.filename or folder}, then go on with --resume auto"
-    return f"the system refused ({error.strerror or error}): {cause}"
-
-
-def _killed_worker(error: Exception, workers: int) -> str:
-    cause = str(error).splitlines()[0]
-    return (
-        f"a process that loads images ended: {cause} With Killed or Bus error memory ran out: "
-        f"{workers} workers are more than this machine holds; lower --workers"
-    )
-
-
-def _ignore_signals(worker: int) -> None:
-    # A terminal's Ctrl-C reaches the workers too; the loop decides when they end.
-    for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_IGN)
-    # A launcher's SIGTERM too; the loader's own, for a worker that hangs, is the second one.
-    signal.signal(signal.SIGTERM, _end_next_time)
-
-
-def _end_next_time(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_DFL)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import random
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, linear
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import functional
 
 from convert.backbone import (
@@ -40,6 +39,7 @@ from pretrain import distributed
 from pretrain.on_pillow import augment
 from pretrain.sources import ImageList
 from pretrain.views import Augmentation
+from pretrain.workers import load, watched
 from transfer.classification.request import (
     HEAD_SOURCES,
     STAGES,
@@ -225,14 +225,7 @@ class Views(Dataset[tuple[Tensor, int] | UserError]):
         self, batches: Sequence[Sequence[Item]], device: torch.device, workers: int
     ) -> "Iterator[tuple[Tensor, Tensor] | Broken]":
         """Yield the images and labels of each batch, or what is wrong with its broken images."""
-        yield from DataLoader(
-            self,
-            batch_sampler=[list(batch) for batch in batches],
-            num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_the_parent,
-            pin_memory=device.type == "cuda",
-        )
+        yield from load(self, batches, workers, _collate, pin_memory=device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -285,7 +278,8 @@ def look_together(
         if isinstance(part, Broken):
             rest = (more.lines for more in read if isinstance(more, Broken))
             raise Broken(sum(rest, part.lines)).error()
-        own = network.look(part[0])
+        with watched(workers):
+            own = network.look(part[0])
         whole = {source: distributed.gather(value)[: len(batch)] for source, value in own.items()}
         yield whole, torch.tensor([views.images.labels[index] for _, index in batch])
 
@@ -501,8 +495,3 @@ def _collate(items: list[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Tenso
         return Broken(broken)
     whole = [item for item in items if not isinstance(item, UserError)]
     return torch.stack([view for view, _ in whole]), torch.tensor([label for _, label in whole])
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

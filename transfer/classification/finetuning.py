@@ -23,6 +23,7 @@ from convert.facts import EXTRA_KEY
 from convert.files import atomic_write
 from convert.progress import Progress
 from pretrain.views import epoch_order, generator
+from pretrain.workers import watched
 from transfer.classification.features import IMAGES_AT_ONCE, Views, reading_processes
 from transfer.classification.few_labels import labelled
 from transfer.classification.heads import INIT_STD, TRAIN_VIEW
@@ -135,7 +136,7 @@ def _one_seed(
     total = config.epochs * len(places)
     done = min(tuning.step * config.batch_size, total)
     shown = Progress(total, "finetune", done=done, quiet=probe.request.quiet)
-    with shown, StopRequest() as stop:
+    with watched(workers), shown, StopRequest() as stop:
         tuning.train(views, places, workers, file, identity, stop, shown)
     return tuning.judge(Views(probe.sets.val, config, pixels), workers)
 

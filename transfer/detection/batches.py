@@ -20,7 +20,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+
+from pretrain.workers import load
 
 # What is drawn at a place.
 IMAGE, FORWARD, PRECISE_BN = 0, 1, 2
@@ -77,14 +79,7 @@ def training_batches(
     ]
     places = islice(chain.from_iterable(zip(*shares, strict=True)), start * len(shares), None)
     examples = _Examples(dicts, mapper or DatasetMapper(cfg, True), cfg.SEED)
-    loader: DataLoader[Record] = DataLoader(
-        examples,
-        batch_sampler=places,  # an iterator without an end
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=list,
-        generator=torch.Generator(),  # else one number of the main process's is drawn
-    )
-    return iter(loader)
+    return load(examples, places, cfg.DATALOADER.NUM_WORKERS, list)  # without an end
 
 
 def group(places: Iterator[Place], wide: Sequence[bool], size: int) -> Iterator[list[Place]]:

@@ -36,6 +36,7 @@ from convert.facts import EXTRA_KEY
 from convert.files import write_text, write_torch
 from convert.progress import Progress, progress
 from convert.settings import PIXEL_KEYS
+from pretrain.workers import watched
 from transfer.detection import batches, checkpoint, datasets, recipes
 from transfer.detection.evaluation import evaluate, hidden
 from transfer.detection.weights import fill_all
@@ -88,7 +89,7 @@ class Trainer(SimpleTrainer):
             self.load_state_dict(state["trainer"])
         self.data_loader = batches.training_batches(self.cfg, self._data.dicts, start)
         try:
-            with self._stopping_between_iterations():
+            with watched(self.cfg.DATALOADER.NUM_WORKERS), self._stopping_between_iterations():
                 self.train(start, self.cfg.SOLVER.MAX_ITER)
         except FloatingPointError as error:
             raise UserError(

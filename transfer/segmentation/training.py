@@ -4,7 +4,6 @@ Legend: B: images of one process; S: side of a crop, px; L: classes; W: processe
 """
 
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 from convert.backbone import Backbone
 from convert.errors import Stopped, StopRequest, UserError
@@ -21,6 +19,7 @@ from convert.files import atomic_write
 from convert.progress import Progress
 from pretrain import distributed
 from pretrain.config import as_dict, load_config
+from pretrain.workers import load, watched
 from transfer.classification.features import open_backbone, pick_device
 from transfer.classification.request import Request, claim_folder, refuse_other_run
 from transfer.results import name_recipe, write_results
@@ -105,15 +104,8 @@ class Run:
             distributed.rank(),
             distributed.size(),
         )
-        loader = DataLoader(
-            self.crops,
-            batch_sampler=places,
-            num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_the_parent,
-            pin_memory=self.device.type == "cuda",
-        )
-        for batch in loader:
+        pin = self.device.type == "cuda"
+        for batch in load(self.crops, places, workers, _collate, pin_memory=pin):
             if isinstance(batch, UserError):
                 raise batch
             x, y = batch
@@ -255,9 +247,10 @@ def _train(run: Run, request: Request, identity: Mapping[str, Any]) -> None:
             )
         run.resume(path, identity)
     quiet = request.quiet or distributed.rank() > 0
-    left = run.end - run.iteration
-    with StopRequest() as stop, Progress(left, "segmentation", "iteration", quiet=quiet) as shown:
-        for x, y in run.batches(_workers(request, run.device)):
+    workers = _workers(request, run.device)
+    shown = Progress(run.end - run.iteration, "segmentation", "iteration", quiet=quiet)
+    with watched(workers), StopRequest() as stop, shown:
+        for x, y in run.batches(workers):
             loss = run.step(x, y)
             every = run.iteration % run.config.checkpoint_every == 0
             stopping = distributed.agree(stop.signum or 0)
@@ -292,7 +285,3 @@ def _collate(
             return item
         whole.append(item)
     return torch.stack([x for x, _ in whole]), torch.stack([y for _, y in whole])
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,65 @@
+"""Processes that load: a signal to all of a run does not end them; their loss ends it in a line."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from convert.errors import UserError
+from pretrain.workers import load, watched
+from tests.test_main_moco import children
+
+
+class Numbers(Dataset):
+    def __getitem__(self, index):
+        return torch.full((4096,), index)
+
+
+def batches(count=10_000):
+    return load(Numbers(), [[i] for i in range(count)], 1, torch.stack)
+
+
+def test_a_sigterm_from_elsewhere_leaves_loading_to_the_parent():
+    found = batches(200)
+    next(found)
+    (worker,) = children(os.getpid())
+    os.system(f"kill -TERM {worker}")  # noqa: S605  # by another process, as a launcher's
+    assert [int(batch[0, 0]) for batch in found] == [*range(1, 200)]
+
+
+def test_the_parents_own_sigterm_ends_a_worker_at_once_however_often_it_comes():
+    found = batches()
+    next(found)
+    (worker,) = children(os.getpid())
+    before = time.monotonic()
+    os.kill(worker, signal.SIGTERM)
+    os.kill(worker, signal.SIGTERM)
+    with pytest.raises(UserError, match="a process that loads images ended: DataLoader worker"):
+        list(found)
+    assert time.monotonic() - before < 30
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_a_worker_lost_at_any_moment_is_said_in_one_line(at):
+    found = batches()
+    with watched(1), pytest.raises((UserError, RuntimeError)) as lost:
+        for number, _ in enumerate(found):
+            if number == at:
+                (worker,) = children(os.getpid())
+                os.kill(worker, signal.SIGKILL)
+    assert "DataLoader worker" in str(lost.value)
+
+
+def test_a_loss_that_is_heard_of_between_two_batches_is_said_too():
+    with pytest.raises(UserError, match=r"Killed.* 3 workers are more than this machine holds"):
+        with watched(3):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+def test_other_errors_go_on_as_they_are():
+    for error in (RuntimeError("shapes differ"), OSError(2, "No such file"), EOFError()):
+        with pytest.raises(type(error)), watched(1):
+            raise error
