@@ -38,7 +38,7 @@ setup(
         "safetensors>=0.5",
         "tqdm>=4.60",
         "matplotlib>=3.9",
-        "opencv-python-headless>=4.10",
+        "opencv-python-headless>=4.11",
     ],
     extras_require={
         # What Detectron2 needs; itself it has no release on the index: see README, "Install".

@@ -4,10 +4,18 @@ import io
 import warnings
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+try:
+    import cv2
+except ImportError:  # a library of choice: what it does, Pillow does too
+    cv2 = None  # type: ignore[assignment]
 
 VERSION = 1  # of what is decoded how; verdicts on files are remembered under it
 PAPER = "white"  # what lies behind transparent pixels
+JPEG_BEGINS, JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
+AS_IT_LIES = 0 if cv2 is None else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 # Photographs of real cameras and editors carry long texts (colour profiles, editing histories);
 # Pillow refuses a PNG with more than 1 MB of them.
@@ -44,6 +52,25 @@ def decode(data: bytes) -> Image.Image:
         image.load()
         return _upright(_to_rgb(image), _orientation(image))
     raise AssertionError("unreachable")
+
+
+def decode_array(data: bytes) -> NDArray[np.uint8]:
+    """Decode a file's bytes to the pixels of `decode`, (H, W, 3), by the fastest decoder at hand.
+
+    OpenCV's takes three quarters of Pillow's time for a whole, upright JPEG of three colours, and
+    gives the same bytes; everything else, and what it cannot read, is Pillow's.
+
+    Raises:
+        Undecodable: as `decode`.
+    """
+    if cv2 is not None and data[:2] == JPEG_BEGINS and data[-2:] == JPEG_ENDS:
+        with _reasons(data), Image.open(io.BytesIO(data)) as image:
+            upright = _orientation(image) not in TURNS
+            if image.mode == "RGB" and upright:
+                found = cv2.imdecode(np.frombuffer(data, np.uint8), AS_IT_LIES)
+                if found is not None:
+                    return np.asarray(found, np.uint8)
+    return np.array(decode(data))
 
 
 def fault_of(data: bytes, min_side: int = 1) -> str:

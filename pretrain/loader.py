@@ -7,7 +7,6 @@ import importlib.util
 import random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,24 +76,27 @@ class Views(torch.utils.data.Dataset[list[Tensor] | Decoded]):
 
     def __getitem__(self, item: tuple[int, int]) -> list[Tensor] | Decoded:
         """Return the views, each (3, S, S) uint8; for the device the image and what they are."""
-        epoch, index = item
-        image = self.images.read(index)
-        drawn = []
-        for view in range(self.count):
-            draw = random.Random(f"{self.seed} {epoch} {index} {view}")
-            drawn.append(draw_view(*image.size, self.recipe, draw))
+        _, index = item
         if self.backend == PILLOW:
             from pretrain import on_pillow
 
+            image = self.images.read(index)
+            drawn = self._draw(item, image.size)
             made = [on_pillow.realise(image, view, self.size) for view in drawn]
         else:
-            pixels = np.array(image)  # a copy: torch wants memory that may be written
+            pixels = self.images.array(index)
+            drawn = self._draw(item, (pixels.shape[1], pixels.shape[0]))
             if self.backend == DEVICE:
                 return torch.from_numpy(pixels), drawn
             from pretrain import on_opencv
 
             made = [on_opencv.realise(pixels, view, self.size) for view in drawn]
         return [torch.from_numpy(view.transpose(2, 0, 1).copy()) for view in made]
+
+    def _draw(self, item: tuple[int, int], width_height: tuple[int, int]) -> list[Drawn]:
+        epoch, index = item
+        places = [f"{self.seed} {epoch} {index} {view}" for view in range(self.count)]
+        return [draw_view(*width_height, self.recipe, random.Random(place)) for place in places]
 
 
 def collate(items: list[Any]) -> Any:

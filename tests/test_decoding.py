@@ -1,10 +1,11 @@
 import io
+import re
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageFilter, ImageOps
 
-from pretrain.decoding import Undecodable, decode, fault_of
+from pretrain.decoding import Undecodable, decode, decode_array, fault_of
 from tests.odd_images import animated, broken_files, encode, in_16_bits, odd_files, turned
 
 
@@ -26,6 +27,46 @@ def test_plain_rgb_is_what_pillow_reads(photo):
     for kind in ("PNG", "JPEG", "WEBP", "BMP"):
         data = encode(photo, kind)
         assert far(decode(data), Image.open(io.BytesIO(data))) == 0
+
+
+VARIANTS = {
+    "plain": {},
+    "fine colours": {"subsampling": "4:4:4"},
+    "half colours": {"subsampling": "4:2:2"},
+    "progressive": {"progressive": True, "quality": 95},
+    "bad": {"quality": 3},
+    "restarts": {"restart_marker_rows": 2},
+    "profile": {"icc_profile": b"some" * 99},
+    "RGB kept": {"keep_rgb": True},
+    "EXIF": {"exif": b"Exif\0\0nothing"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("side", [1, 17, 320])
+def test_the_fast_decoder_gives_the_same_pixels(photo, variant, side):
+    file = io.BytesIO()
+    photo.resize((side, side + 3)).save(file, "JPEG", **VARIANTS[variant])
+    fast = decode_array(file.getvalue())
+    assert fast.flags.writeable
+    assert np.array_equal(fast, decode(file.getvalue()))
+
+
+def test_the_fast_decoder_leaves_odd_files_to_pillow(photo):
+    turned, gray, cmyk = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(turned, "JPEG", exif=exif)
+    photo.convert("L").save(gray, "JPEG")
+    photo.convert("CMYK").save(cmyk, "JPEG")
+    for file in (turned, gray, cmyk):
+        assert np.array_equal(decode_array(file.getvalue()), decode(file.getvalue()))
+    whole = turned.getvalue()
+    for cut in (whole[: len(whole) // 2], whole[:40], b"", b"no image", whole[:2] + whole[-2:]):
+        with pytest.raises(Undecodable) as slow:
+            decode(cut)
+        with pytest.raises(Undecodable, match=f"^{re.escape(str(slow.value))}$"):
+            decode_array(cut)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr"])
