@@ -16,6 +16,7 @@ from pretrain.blur import blur_kernel
 from pretrain.loader import Views, choose_backend, collate
 from pretrain.sources import ImageList
 from pretrain.views import AUGMENTATIONS, Augmentation, Drawn, crop_box, draw_view
+from transfer.classification.heads import one_thread
 
 RANGES = {
     "brightness": (0.2, 1.8),
@@ -251,11 +252,12 @@ def test_opencv_is_faster_than_pillow(photographs):
             realise(image, view, 224)
         return time.process_time() - began
 
-    # In turn, and the least of each: what else runs makes one or the other slower, none faster.
-    rounds = [
-        (seconds(on_pillow.realise, photographs), seconds(on_opencv.realise, pixels))
-        for _ in range(9)
-    ]
+    with one_thread():  # as in the loader's processes
+        # In turn, and the least of each: what else runs makes either slower, and none faster.
+        rounds = [
+            (seconds(on_pillow.realise, photographs), seconds(on_opencv.realise, pixels))
+            for _ in range(9)
+        ]
     pillow, opencv = (min(times) for times in zip(*rounds, strict=True))
     assert pillow > 1.3 * opencv
 
