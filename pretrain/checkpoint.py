@@ -59,7 +59,7 @@ def save(
     Raises:
         UserError: the weights are not finite, or the file cannot be written.
     """
-    if not _is_finite(model):
+    if not is_finite(model):
         raise UserError(
             f"weights are not finite after step {step}, though the loss was; the last good "
             f"checkpoint in {folder} stays; lower --lr"
@@ -92,7 +92,8 @@ def save(
 
 
 @torch.no_grad()
-def _is_finite(model: nn.Module) -> bool:
+def is_finite(model: nn.Module) -> bool:
+    """Say whether all that a model holds are numbers."""
     floats = [value for value in model.state_dict().values() if value.is_floating_point()]
     return bool(torch.stack(torch._foreach_norm(floats, torch.inf)).isfinite().all())
 

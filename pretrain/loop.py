@@ -383,6 +383,8 @@ class Run:
         done = self.step // self.steps_per_epoch
         epoch = done - 1 if ends_epoch else done
         if distributed.rank() == 0:
+            if self.watch and not checkpoint.is_finite(self.model):  # the save will refuse it
+                self.watch.add(step=self.step, epoch=self._epoch(), weights=math.nan)
             checkpoint.save(
                 self.folder,
                 self.model,

@@ -255,18 +255,20 @@ class Starved(Verdict):
 
 
 class NotFinite(Verdict):
-    """The loss is NaN or infinite; the run stops at once."""
+    """The loss, or a weight, is NaN or infinite; the run stops at once."""
 
     name = "not finite"
     patience = 1
 
     def holds(self, line: Line) -> bool | None:
-        """Look at the loss."""
-        return not math.isfinite(line["loss"]) if "loss" in line else None
+        """Look at the loss, and at the weights where a checkpoint was refused for them."""
+        seen = [line[key] for key in ("loss", "weights") if key in line]
+        return not all(map(math.isfinite, seen)) if seen else None
 
     def begin(self, line: Line) -> str:
         """Name the step."""
-        return f"the loss of step {line['step']} is no number; lower --lr, and resume"
+        what = "a weight after" if "weights" in line else "the loss of"
+        return f"{what} step {line['step']} is no number; lower --lr, and resume"
 
     def end(self, line: Line) -> str:
         """Name the loss."""

@@ -180,6 +180,8 @@ def test_weights_that_are_not_finite_are_not_saved(pictures, tmp_path, monkeypat
     with pytest.raises(UserError, match="weights are not finite after step 2, though the loss"):
         go_on(replace(config, max_steps=2), images, tmp_path)
     assert before.read_bytes() == content
+    line = "not finite: a weight after step 2 is no number; lower --lr, and resume"
+    assert read_log(tmp_path)[-1]["verdicts"] == [line]
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(pictures, tmp_path):
