@@ -198,7 +198,7 @@ class Run:
             self._look(log)
         saved, last_saved, since_line = resumed, time.monotonic(), time.monotonic()
         seen: list[Tensor] = []
-        batches = Waiting(self._batches())
+        batches = Waiting(self.batches())
         for batch in batches:
             views = on_device(batch, self.device, self.config.image_size)
             seen.append(self.take_step(views))
@@ -304,7 +304,8 @@ class Run:
         backend = config.views
         return Views(self.images, augmentation, config.image_size, config.seed, count, backend)
 
-    def _batches(self) -> Iterator[Any]:
+    def batches(self) -> Iterator[Any]:
+        """Load this process's images from the run's step on: what `on_device` makes views of."""
         config = self.config
         workers = -(-config.workers // distributed.local_size())
         pin = self.device.type == "cuda"
