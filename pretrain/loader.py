@@ -17,6 +17,7 @@ from pretrain.views import Augmentation, Drawn, draw_view
 
 PILLOW, OPENCV, DEVICE = "pillow", "opencv", "device"
 BACKENDS = (PILLOW, OPENCV, DEVICE)
+SMALL = 128  # px: images of one size up to here become views together
 Decoded = tuple[Tensor, list[Drawn]]  # (H, W, 3) uint8, and what each of its views is
 
 
@@ -100,9 +101,11 @@ class Views(torch.utils.data.Dataset[list[Tensor] | Decoded]):
 
 
 def collate(items: list[Any]) -> Any:
-    """Put a batch's views together, each (n, 3, S, S); decoded images stay a list."""
+    """Put a batch's views together, each (n, 3, S, S); decoded images too, if small and alike."""
     if isinstance(items[0], tuple):
-        return [image for image, _ in items], [drawn for _, drawn in items]
+        images, drawn = [image for image, _ in items], [drawn for _, drawn in items]
+        alike = len({image.shape for image in images}) == 1 and max(images[0].shape) <= SMALL
+        return (torch.stack(images) if alike else images), drawn
     return [torch.stack(list(views)) for views in zip(*items, strict=True)]
 
 
@@ -123,8 +126,12 @@ def on_device(
     if isinstance(batch, tuple):
         from pretrain.on_device import realise
 
-        images = [image.to(device, non_blocking=True) for image in batch[0]]
-        views = [realise(images, own, size) for own in zip(*batch[1], strict=True)]
+        images, drawn = batch
+        if isinstance(images, Tensor):
+            images = images.to(device, non_blocking=True)
+        else:
+            images = [image.to(device, non_blocking=True) for image in images]
+        views = [realise(images, own, size) for own in zip(*drawn, strict=True)]
     else:
         views = [view.to(device, non_blocking=True).float() for view in batch]
     return [normalised(view, pixels) for view in views]

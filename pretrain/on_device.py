@@ -18,21 +18,26 @@ from torch.nn import functional
 from pretrain.blur import blur_kernel
 from pretrain.views import Drawn
 
+Box = tuple[int, int, int, int]  # top, left, height, width; px
 LUMA = (0.299, 0.587, 0.114)
 
 
-def realise(images: Sequence[Tensor], views: Sequence[Drawn], size: int) -> Tensor:
+def realise(images: Sequence[Tensor] | Tensor, views: Sequence[Drawn], size: int) -> Tensor:
     """Make a view of each image.
 
     Args:
-        images: B decoded images (H, W, 3), RGB uint8, each of its own size, on the device.
+        images: B decoded images (H, W, 3), RGB uint8, on the device: each of its own size, or all
+            of one size in one tensor.
         views: B, what is done to each.
         size: S.
 
     Returns:
         (B, 3, S, S), float32, whole numbers 0..255.
     """
-    x = torch.stack([_resized(i, v.box, size) for i, v in zip(images, views, strict=True)])
+    if isinstance(images, Tensor):
+        x = _resized_together(images, [view.box for view in views], size)
+    else:
+        x = torch.stack([_resized(i, v.box, size) for i, v in zip(images, views, strict=True)])
     plan = _plan(views)
     if not plan:
         return x
@@ -64,7 +69,7 @@ def _plan(views: Sequence[Drawn]) -> list[tuple[str, list[tuple[int, float]]]]:
     return plan
 
 
-def _resized(image: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor:
+def _resized(image: Tensor, box: Box, size: int) -> Tensor:
     """Cut (3, S, S) out of (H, W, 3), with Pillow's antialiased bilinear filter."""
     top, left, height, width = box
     crop = image[top : top + height, left : left + width].permute(2, 0, 1)[None].float()
@@ -72,6 +77,38 @@ def _resized(image: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor
         crop, (size, size), mode="bilinear", align_corners=False, antialias=True
     )
     return small[0].round().clamp(0, 255)
+
+
+def _resized_together(images: Tensor, boxes: Sequence[Box], size: int) -> Tensor:
+    """Cut (B, 3, S, S) out of (B, H, W, 3) by two products with each view's own filters."""
+    _, height, width, _ = images.shape
+    on_device = torch.tensor(boxes).to(images.device, non_blocking=True)
+    top, left, rows, columns = on_device.float().unbind(1)
+    x = images.permute(0, 3, 1, 2).float()
+    x = x.flatten(1, 2) @ _filters(left, columns, width, size).mT  # (B, 3H, S)
+    x = torch.matmul(_filters(top, rows, height, size)[:, None], x.unflatten(1, (3, height)))
+    return x.round().clamp(0, 255)
+
+
+def _filters(first: Tensor, length: Tensor, full: int, size: int) -> Tensor:
+    """Return what each place of a view takes of each place of its image, (B, S, full).
+
+    Pillow's antialiased bilinear filter is a triangle, as wide as the crop is shrunk, that ends at
+    the crop's border.
+
+    Args:
+        first: (B,) where the crop begins along this side, px.
+        length: (B,) of the crop, px.
+        full: the image's side, px.
+        size: S.
+    """
+    scale = (length / size)[:, None]
+    centre = scale * (torch.arange(size, device=first.device) + 0.5)  # (B, S), of the crop
+    place = torch.arange(full, device=first.device) + 0.5 - first[:, None]  # (B, full)
+    far = (place[:, None] - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]
+    inside = (place > 0) & (place < length[:, None])
+    weights = (1 - far).clamp(min=0) * inside[:, None]
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def _luma(x: Tensor) -> Tensor:

@@ -37,6 +37,13 @@ def on_cpu(images: list, views: list[Drawn], size: int) -> list[np.ndarray]:
     return list(made.byte().permute(0, 2, 3, 1).numpy())
 
 
+def together(images: list, views: list[Drawn], size: int) -> list[np.ndarray]:
+    tensors = torch.from_numpy(np.stack([np.array(image) for image in images]))
+    made = on_device.realise(tensors, views, size)
+    assert torch.equal(made, made.round())
+    return list(made.byte().permute(0, 2, 3, 1).numpy())
+
+
 def one_by_one(images: list, views: list[Drawn], size: int) -> list[np.ndarray]:
     pairs = zip(images, views, strict=True)
     return [on_opencv.realise(np.array(image), view, size) for image, view in pairs]
@@ -209,6 +216,19 @@ def test_every_backend_hands_over_the_same_views(listed):
         for ours, pillows in zip(made[backend], made["pillow"], strict=True):
             far = (ours - pillows).abs() > 3 / 255 / 0.225
             assert far.float().mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_small_images_of_one_size_become_the_same_views_together(photographs, size):
+    draw = random.Random(3)
+    images = [photograph.resize((48, 60)) for photograph in photographs]
+    views = [draw_view(48, 60, AUGMENTATIONS["v2"], draw) for _ in images]
+    one_after_another = on_cpu(images, views, size)
+    for ours, theirs in zip(together(images, views, size), one_after_another, strict=True):
+        assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+    alike = collate([(torch.from_numpy(np.array(image)), []) for image in images])[0]
+    assert alike.shape == (len(images), 60, 48, 3)
+    assert isinstance(collate([(torch.zeros(9, 9, 3), []), (torch.zeros(8, 9, 3), [])])[0], list)
 
 
 def test_normalised_bytes_are_what_torchvision_computes(listed):

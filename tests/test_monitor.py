@@ -143,7 +143,7 @@ def test_the_logged_gradient_norm_is_the_length_of_a_plain_step(pictures, tmp_pa
     config = small_config(pictures, momentum=0.0, weight_decay=0.0, lr=0.5)
     run = Run(config, image_folder(pictures / "train"), tmp_path, None)
     before = [p.clone() for p in run.model.encoder_q.parameters()]
-    values = run.take_step(on_device(next(run._batches()), run.device, config.image_size))
+    values = run.take_step(on_device(next(run.batches()), run.device, config.image_size))
     moved = zip(before, run.model.encoder_q.parameters(), strict=True)
     length = torch.stack([(b - p).detach().norm() for b, p in moved]).norm() / 0.5
     assert values[3] == pytest.approx(float(length), rel=1e-4)
