@@ -7,7 +7,7 @@ a command line or a YAML file is read.
 import contextlib
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,7 +121,8 @@ def load_config(
     """
     values: dict[str, Any] = {}
     if file is not None:
-        values |= _read_recipe(kind, file)
+        for layer, content in layers(file):
+            values |= _checked(kind, content, str(layer))
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     values |= _checked(kind, given, "command line")
     if len(pairs) % 2:
@@ -164,20 +165,33 @@ def as_dict(config: Any) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
-def _read_recipe(kind: type, file: Path) -> dict[str, Any]:
+def layers(file: Path, above: Sequence[Path] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the files that a recipe is made of, each with its own keys, the later winning.
+
+    Args:
+        file: the recipe; its `_BASE_`, a path or a list of paths relative to it, comes first.
+        above: the files that named this one as their base.
+
+    Raises:
+        UserError: a file cannot be read, is no mapping, or is its own base.
+    """
+    if file.resolve() in above:
+        raise UserError(f"recipe {above[-1]}: _BASE_ leads back to {file}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"recipe {file}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {file}: is not YAML ({error})") from error
+        raise UserError(f"recipe {file}: is not plain YAML ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {file}: found a {type(content).__name__}, want KEY: VALUE lines")
     bases = content.pop(BASE_KEY, [])
-    values: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        values |= _read_recipe(kind, file.parent / base)
-    return values | _checked(kind, content, str(file))
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in bases):
+        raise UserError(f"recipe {file}: _BASE_ is {bases}, want a path or a list of paths")
+    for base in bases:
+        yield from layers(file.parent / Path(base).expanduser(), [*above, file.resolve()])
+    yield file, content
 
 
 def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

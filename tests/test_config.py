@@ -64,7 +64,13 @@ def test_an_unknown_key_names_file_and_nearest_keys(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("- 1\n", "found a list"), ("a: [\n", "is not YAML"), (None, "cannot be read")],
+    [
+        ("- 1\n", "found a list"),
+        ("a: [\n", "is not plain YAML"),
+        (None, "cannot be read"),
+        ("_BASE_: 7\n", r"_BASE_ is \[7\], want a path"),
+        ("_BASE_: recipe.yaml\n", r"recipe\.yaml: _BASE_ leads back to"),
+    ],
 )
 def test_a_recipe_that_is_none_is_refused(tmp_path, text, line):
     file = tmp_path / "recipe.yaml"

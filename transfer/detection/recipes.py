@@ -21,7 +21,7 @@ from detectron2.engine import DefaultTrainer
 
 from convert.errors import UserError, nearest
 from convert.files import detectron2_version
-from pretrain.config import BASE_KEY
+from pretrain.config import layers
 from transfer.detection import coco_metric, datasets, voc_metric
 from transfer.results import name_recipe
 
@@ -264,21 +264,11 @@ def _walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _merge_file(cfg: CfgNode, file: Path) -> None:
     """Merge a recipe's bases, then itself; whatever is wrong is blamed on the right file."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"recipe {file}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {file}: is not plain YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"recipe {file}: found a {type(content).__name__}, want KEY: VALUE lines")
-    bases = content.pop(BASE_KEY, [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge_file(cfg, file.parent / Path(base).expanduser())
-    _check_keys(cfg, dict(_walk(content)), f"recipe {file}")
-    if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
-        raise UserError(f"recipe {file}: VERSION is {content['VERSION']}, want {cfg.VERSION}")
-    _merge(cfg, content, f"recipe {file}")
+    for layer, content in layers(file):
+        _check_keys(cfg, dict(_walk(content)), f"recipe {layer}")
+        if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
+            raise UserError(f"recipe {layer}: VERSION is {content['VERSION']}, want {cfg.VERSION}")
+        _merge(cfg, content, f"recipe {layer}")
 
 
 def _merge(cfg: CfgNode, content: dict[str, Any], where: str) -> None:
