@@ -19,7 +19,7 @@ from convert.files import sha256
 from convert.names import COUNTER, land, to_detectron2
 from convert.reading import PickledArray, read_file
 from convert.settings import check_keys, check_recipe
-from transfer.detection import recipes, roi_heads  # noqa: F401 (registers the head)
+from transfer.detection import dilated_c5, recipes, roi_heads  # noqa: F401 (registers them)
 
 FINAL_FILE = "model_final.pth"  # the trained detector, without what only training needs
 # Made anew from the recipe; old files of Detectron2 hold them all the same.
