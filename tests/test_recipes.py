@@ -47,6 +47,7 @@ TASKS = {
     "coco_R50_FPN_2x": (180000, [120000, 160000]),
     "coco_R50_FPN_6x": (540000, [480000, 520000]),
     "coco_R50_FPN_4conv1fc_1x": (90000, [60000, 80000]),
+    "coco_keypoints_R50_FPN_2x": (180000, [120000, 160000]),
 }
 STARTS = ("moco", "supervised", "random")
 MSRA = CAFFE_PIXELS.detectron2() | {"MODEL.RESNETS.STRIDE_IN_1X1": True}
@@ -243,6 +244,19 @@ def test_dilated_c5_is_detectron2s_own_but_for_the_papers_convolution_and_norms(
         *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM"),
         *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
         "MODEL.ROI_MASK_HEAD.NUM_CONV",  # of a head that Faster R-CNN has not
+    }
+
+
+def test_keypoints_are_detectron2s_own_but_for_the_papers_norms_and_its_length() -> None:
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    theirs = get_cfg()
+    theirs.merge_from_file(str(zoo / "COCO-Keypoints" / "keypoint_rcnn_R_50_FPN_1x.yaml"))
+    ours = load_recipe(CONFIGS / "coco_keypoints_R50_FPN_2x_supervised.yaml")
+    before, now = flatten(theirs), flatten(ours)
+    assert {key for key in before if before[key] != now[key]} == {
+        *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
+        *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
+        *("SOLVER.STEPS", "SOLVER.MAX_ITER"),
     }
 
 
