@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -158,17 +158,30 @@ def embedded_root() -> Path:
     Raises:
         UserError: the cache folder cannot be written.
     """
-    root = cache_folder() / f"embedded-{recipe_hash(RECIPE)}"
+    name = f"embedded-{recipe_hash(RECIPE)}"
+    return cached(name, lambda folder: build(folder, load_sources(), RECIPE))
+
+
+def cached(name: str, write: Callable[[Path], None]) -> Path:
+    """Return a set's folder in the cache, whole; the first call builds it.
+
+    Args:
+        name: of the folder; another content has another name.
+        write: what fills a new folder.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    root = cache_folder() / name
     if root.is_dir():
         return root
-    sources = load_sources()
     temporary = None
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         # Its owner alone may enter it, hence a folder inside: that one becomes the set.
         temporary = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
         print(f"embedded set: building in {root}", file=sys.stderr, flush=True)
-        build(temporary / "set", sources, RECIPE)
+        write(temporary / "set")
         _install(temporary / "set", root)
     except OSError as error:
         raise UserError(
@@ -182,13 +195,18 @@ def embedded_root() -> Path:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Hash all that decides the set's bytes to twelve hexadecimal digits.
+    """Hash all that decides the set's bytes to twelve hexadecimal digits."""
+    return content_hash(asdict(recipe), Path(__file__))
 
-    Beside the recipe these are the libraries' versions and this file's code: whoever edits a
-    function here, or shares a cache with an older environment, gets a new folder, not an old set.
+
+def content_hash(decides: Any, *code: Path) -> str:
+    """Hash what decides a set's bytes to twelve hexadecimal digits.
+
+    Beside the recipe these are the libraries' versions and the code: whoever edits a function
+    there, or shares a cache with an older environment, gets a new folder, not an old set.
     """
     versions = {name: metadata.version(name) for name in ("numpy", "Pillow", "scikit-learn")}
-    content = json.dumps([asdict(recipe), versions]).encode() + Path(__file__).read_bytes()
+    content = json.dumps([decides, versions]).encode() + b"".join(f.read_bytes() for f in code)
     return hashlib.sha256(content).hexdigest()[:12]
 
 

@@ -1,15 +1,17 @@
 """Recipes of the embedded scenes, as a CPU runs them, and Detectron2's plain way of training."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
 
+import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 
 from benchmarks.speed.detection import plain_steps
 from convert.files import ROOT
-from transfer.detection import recipes
+from transfer.detection import datasets, recipes
 from transfer.detection.batches import FORWARD, IMAGE, reseed
 
 CONFIGS = ROOT / "configs"
@@ -38,6 +40,17 @@ NARROW = [
 def narrow(file: Path, *pairs: str) -> CfgNode:
     """Load a recipe of a narrow network."""
     return load(file, *NARROW, *pairs)
+
+
+def read_few(monkeypatch: pytest.MonkeyPatch, count: int = 6) -> None:
+    """Read the first images of every set: for tests that measure no number."""
+    real = datasets.load
+
+    def load_few(*words: Any, **more: Any) -> datasets.Loaded:
+        whole = real(*words, **more)
+        return dataclasses.replace(whole, dicts=whole.dicts[:count])
+
+    monkeypatch.setattr(datasets, "load", load_few)
 
 
 def plain_losses(cfg: CfgNode, count: int) -> list[float]:

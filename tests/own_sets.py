@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from pretrain.figures import KEYPOINTS
+
 # image -> (class, x0, y0, x1, y1, difficult), VOC's pixels
 VocObjects = Mapping[str, Sequence[tuple[str, int, int, int, int, int]]]
 SIDE = 64
@@ -63,6 +65,24 @@ def coco_content(**changes: Any) -> dict[str, Any]:
         ],
         "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
     }
+    return content | changes
+
+
+def keypoint_content(names: Sequence[str] = KEYPOINTS, **changes: Any) -> dict[str, Any]:
+    """Three images: a person each in two, its keypoints on a diagonal, and nobody."""
+    points = [n for place in range(len(names)) for n in (10 + place, 20 + place, 2)]
+    person = {
+        "category_id": 1,
+        "bbox": [10, 20, len(names), len(names)],
+        "area": 400.0,
+        "iscrowd": 0,
+        "keypoints": points,
+        "num_keypoints": len(names),
+    }
+    content = coco_content(
+        annotations=[person | {"id": i, "image_id": i, "keypoints": points[:]} for i in (1, 2)],
+        categories=[{"id": 1, "name": "person", "keypoints": list(names)}],
+    )
     return content | changes
 
 

@@ -39,6 +39,9 @@ class Oracle(nn.Module):
         if known and "segmentation" in known[0]:
             outlines = [[np.array(p) for p in a["segmentation"]] for a in known]
             found.pred_masks = BitMasks.from_polygon_masks(PolygonMasks(outlines), *size).tensor
+        if known and "keypoints" in known[0]:
+            points = np.array([a["keypoints"] for a in known]).reshape(len(known), -1, 3)
+            found.pred_keypoints = torch.tensor(points) + torch.tensor([self.shift, 0, 0])
         return found
 
 

@@ -33,9 +33,16 @@ def test_the_published_image_needs_what_was_measured_on_a_cpu() -> None:
         ("coco_R50_FPN_1x_moco", 320, 2, 128, 1.25),
         ("coco_R50_FPN_1x_moco", 640, 1, 128, 2.10),
         ("coco_R50_FPN_4conv1fc_1x_moco", 320, 1, 128, 0.81),
+        ("voc_R50_C5_24k_moco", 320, 1, 128, 0.88),
+        ("voc_R50_C5_24k_moco", 320, 2, 128, 1.18),
+        ("voc_R50_C5_24k_moco", 640, 1, 512, 2.01),
+        ("coco_keypoints_R50_FPN_2x_moco", 320, 1, 128, 0.97),
+        ("coco_keypoints_R50_FPN_2x_moco", 320, 1, 512, 1.44),
+        ("coco_keypoints_R50_FPN_2x_moco", 320, 2, 128, 1.53),
+        ("coco_keypoints_R50_FPN_2x_moco", 640, 1, 128, 2.20),
     ],
 )
-def test_fpn_needs_no_more_than_is_estimated_and_not_much_less(
+def test_fpn_and_c5_need_no_more_than_is_estimated_and_not_much_less(
     recipe: str, side: int, images: int, regions: int, measured_gib: float
 ) -> None:
     pairs = ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(regions), "MODEL.DEVICE", "meta"]

@@ -40,12 +40,14 @@ REFERENCE = {
 TASKS = {
     "voc_R50_C4_24k": (24000, [18000, 22000]),
     "voc_R50_C4_9k": (9000, [6750, 8250]),
+    "voc_R50_C5_24k": (24000, [18000, 22000]),
     "coco_R50_C4_1x": (90000, [60000, 80000]),
     "coco_R50_C4_2x": (180000, [120000, 160000]),
     "coco_R50_FPN_1x": (90000, [60000, 80000]),
     "coco_R50_FPN_2x": (180000, [120000, 160000]),
     "coco_R50_FPN_6x": (540000, [480000, 520000]),
     "coco_R50_FPN_4conv1fc_1x": (90000, [60000, 80000]),
+    "coco_keypoints_R50_FPN_2x": (180000, [120000, 160000]),
 }
 STARTS = ("moco", "supervised", "random")
 MSRA = CAFFE_PIXELS.detectron2() | {"MODEL.RESNETS.STRIDE_IN_1X1": True}
@@ -106,6 +108,18 @@ _4CONV1FC = {
     "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
     "MODEL.ROI_BOX_HEAD.NORM": "SyncBN",
     "MODEL.ROI_MASK_HEAD.NORM": "SyncBN",
+}
+_C5 = {
+    "MODEL.BACKBONE.NAME": "build_resnet_dilated_c5_backbone",
+    "MODEL.RESNETS.RES5_DILATION": 2,
+    "MODEL.RESNETS.OUT_FEATURES": ["res5"],
+    "MODEL.RPN.IN_FEATURES": ["c5"],
+    "MODEL.ROI_HEADS.IN_FEATURES": ["c5"],
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+    "MODEL.ROI_BOX_HEAD.NORM": "",
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
 }
 PUBLISHED_COCO = PUBLISHED | {
     "MODEL.MASK_ON": True,
@@ -194,6 +208,7 @@ def test_a_part_has_no_base_that_would_undo_the_part_before_it(file: Path) -> No
     ("name", "wanted"),
     [
         ("voc_R50_C4_24k_moco", PUBLISHED_VOC),
+        ("voc_R50_C5_24k_moco", PUBLISHED_VOC | _C5),
         ("coco_R50_C4_1x_moco", PUBLISHED_COCO),
         ("coco_R50_FPN_1x_moco", PUBLISHED_COCO | _FPN),
         ("coco_R50_FPN_4conv1fc_1x_moco", PUBLISHED_COCO | _FPN | _4CONV1FC),
@@ -213,6 +228,35 @@ def test_fpn_is_detectron2s_own_but_for_the_papers_norms() -> None:
     assert {key for key in before if before[key] != now[key]} == {
         *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
         *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
+    }
+
+
+def test_dilated_c5_is_detectron2s_own_but_for_the_papers_convolution_and_norms() -> None:
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    theirs = get_cfg()
+    theirs.merge_from_file(str(zoo / "COCO-Detection" / "faster_rcnn_R_50_DC5_1x.yaml"))
+    ours = load_recipe(CONFIGS / "voc_R50_C5_24k_supervised.yaml")
+    before, now = flatten(theirs), flatten(ours)
+    voc = ("DATASETS.", "INPUT.MIN_SIZE_TRAIN", "MODEL.ROI_HEADS.NUM_CLASSES", "SOLVER.")
+    changed = {key for key in before if before[key] != now[key] and not key.startswith(voc)}
+    assert changed == {
+        *("MODEL.BACKBONE.NAME", "MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"),
+        *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM"),
+        *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
+        "MODEL.ROI_MASK_HEAD.NUM_CONV",  # of a head that Faster R-CNN has not
+    }
+
+
+def test_keypoints_are_detectron2s_own_but_for_the_papers_norms_and_its_length() -> None:
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    theirs = get_cfg()
+    theirs.merge_from_file(str(zoo / "COCO-Keypoints" / "keypoint_rcnn_R_50_FPN_1x.yaml"))
+    ours = load_recipe(CONFIGS / "coco_keypoints_R50_FPN_2x_supervised.yaml")
+    before, now = flatten(theirs), flatten(ours)
+    assert {key for key in before if before[key] != now[key]} == {
+        *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
+        *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
+        *("SOLVER.STEPS", "SOLVER.MAX_ITER"),
     }
 
 

@@ -28,16 +28,20 @@ def test_the_head_is_in_detectron2s_registry_under_the_papers_name() -> None:
     assert ROI_HEADS_REGISTRY.get("Res5ROIHeadsExtraNorm") is roi_heads.Res5ROIHeadsExtraNorm
 
 
-def test_a_head_that_another_project_registered_first_is_no_obstacle() -> None:
+def test_what_another_project_registered_first_is_no_obstacle() -> None:
     code = (
-        "from detectron2.modeling import ROI_HEADS_REGISTRY as r\n"
+        "from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY\n"
         "class Res5ROIHeadsExtraNorm: pass\n"
-        "r.register(Res5ROIHeadsExtraNorm)\n"
-        "import transfer.detection.roi_heads\n"
-        "print(r.get('Res5ROIHeadsExtraNorm') is Res5ROIHeadsExtraNorm)"
+        "class build_resnet_dilated_c5_backbone: pass\n"
+        "ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)\n"
+        "BACKBONE_REGISTRY.register(build_resnet_dilated_c5_backbone)\n"
+        "import transfer.detection.weights\n"
+        "print(ROI_HEADS_REGISTRY.get('Res5ROIHeadsExtraNorm') is Res5ROIHeadsExtraNorm)\n"
+        "name = 'build_resnet_dilated_c5_backbone'\n"
+        "print(BACKBONE_REGISTRY.get(name) is build_resnet_dilated_c5_backbone)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout == "True\nTrue\n", done.stderr
 
 
 @torch.no_grad()

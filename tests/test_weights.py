@@ -65,12 +65,15 @@ def write(folder: Path, content: dict[str, Any]) -> str:
 
 # architecture -> keys of the model, parameters, of the keys those that no backbone fills: the
 # region proposals (6) and box predictor (4), and in C4 the extra norm (5), in COCO the mask head
-# (4), in FPN its own convolutions and norms (48, with a norm's 5), the heads of 2fc or 4conv1fc.
+# (4), in FPN its own convolutions and norms (48, with a norm's 5), the heads of 2fc or 4conv1fc, in
+# C5 the narrowing convolution with its norm (6) and the head of 2fc (4), for keypoints theirs (18).
 SIZES = {
     "voc_R50_C4": (333, 33_234_160, 15),
+    "voc_R50_C5": (338, 62_188_784, 20),
     "coco_R50_C4": (337, 35_966_828, 19),
     "coco_R50_FPN": (392, 44_398_384, 74),
     "coco_R50_FPN_4conv1fc": (430, 45_711_152, 112),
+    "coco_keypoints_R50_FPN": (398, 59_188_326, 80),
 }
 
 
@@ -95,7 +98,9 @@ def test_every_recipe_builds_its_model_and_has_a_place_for_every_backbone_tensor
     assert len(state.keys() - set(places.values())) == new
 
 
-@pytest.mark.parametrize("name", ["voc_R50_C4_24k", "coco_R50_C4_1x", "coco_R50_FPN_1x"])
+@pytest.mark.parametrize(
+    "name", ["voc_R50_C4_24k", "voc_R50_C5_24k", "coco_R50_C4_1x", "coco_R50_FPN_1x"]
+)
 def test_published_models_take_every_tensor_and_nothing_else_moves(
     name: str, checkpoint: Path
 ) -> None:

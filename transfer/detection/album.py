@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.evaluation import inference_context
 from detectron2.structures import BoxMode
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from pycocotools import mask as rle
 from torch import nn
 
 from transfer.detection import datasets
-from transfer.detection.evaluation import SCORE
+from transfer.detection.evaluation import SCORE, build_mapper
 from transfer.detection.pictures import Figure, Shown
 
 GROUPS = ("best", "median", "worst")
@@ -41,7 +40,7 @@ def take_pictures(
         each: images of a group at most.
     """
     by_id = {image["image_id"]: image for image in test.dicts}
-    mapper = DatasetMapper(cfg, False)
+    mapper = build_mapper(cfg)
     shown = []
     with inference_context(model), torch.no_grad():
         for image_id, group in choose(test.dicts, worth, each):
@@ -80,7 +79,8 @@ def _truth(image: Mapping[str, Any], classes: Sequence[str]) -> Figure:
     boxes = [BoxMode.convert(list(e["bbox"]), e["bbox_mode"], BoxMode.XYXY_ABS) for e in entries]
     marks = {"iscrowd": " (crowd)", "difficult": " (difficult)"}
     masked = any(e.get("segmentation") for e in entries)
-    keyed = [np.reshape(e.get("keypoints") or np.zeros(51), (-1, 3)) for e in entries]
+    most = max((len(e.get("keypoints") or ()) for e in entries), default=0)
+    keyed = [np.reshape(e.get("keypoints") or np.zeros(most), (-1, 3)) for e in entries]
     return Figure(
         boxes=np.array(boxes, float).reshape(-1, 4),
         labels=[
@@ -88,7 +88,7 @@ def _truth(image: Mapping[str, Any], classes: Sequence[str]) -> Figure:
             for e in entries
         ],
         masks=np.array([_mask(e, image) for e in entries]) if masked else None,
-        keypoints=np.array(keyed) if any(e.get("keypoints") for e in entries) else None,
+        keypoints=np.array(keyed) if most else None,
     )
 
 

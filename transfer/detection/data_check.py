@@ -16,6 +16,7 @@ from PIL import Image
 from convert.errors import UserError
 from convert.progress import Progress
 from transfer.detection import datasets
+from transfer.detection import keypoints as joints
 
 # Images of the sets that the papers train and test on.
 PUBLISHED = {
@@ -28,6 +29,8 @@ PUBLISHED = {
     "voc_2012_trainval": 11540,
     "coco_2017_train": 118287,
     "coco_2017_val": 5000,
+    "keypoints_coco_2017_train": 118287,  # of which 64115 show a person
+    "keypoints_coco_2017_val": 5000,
 }
 ORIENTATION = 0x0112  # EXIF; Detectron2 turns an image as this tag says
 TURNED = (5, 6, 7, 8)  # by a quarter: width and height change places
@@ -58,7 +61,12 @@ class Findings:
 
 
 def look(
-    reading: datasets.Reading, *, training: bool, decode: bool = False, quiet: bool = True
+    reading: datasets.Reading,
+    *,
+    training: bool,
+    decode: bool = False,
+    keypoints: int = 0,
+    quiet: bool = True,
 ) -> Findings:
     """Hold a set's listing against its image files and against itself.
 
@@ -66,6 +74,7 @@ def look(
         reading: the set.
         training: broken boxes will be dropped from it, as nothing can be learnt from them.
         decode: read whole images, not only their heads.
+        keypoints: that each object has; 0: they do not matter.
         quiet: show no progress.
     """
     dicts = reading.dicts
@@ -77,6 +86,13 @@ def look(
         f"{len(reading.classes)} classes"
     )
     notes = [*reading.notes, *_boxes(dicts, training), *_unused(reading)]
+    if keypoints:
+        broken, outside = joints.faults(dicts, keypoints)
+        if broken:
+            wanted = f"objects have no {keypoints} keypoints, each x, y and a visibility of 0 to 2"
+            stops.append(_named(wanted, broken, boxes))
+        if outside:
+            notes.append(_named("labelled keypoints lie outside their image", outside))
     published = PUBLISHED.get(reading.name)
     if published not in (None, len(dicts)):
         notes.append(f"the published set has {published} images, this one {len(dicts)}")
@@ -168,6 +184,7 @@ def _unused(reading: datasets.Reading) -> list[str]:
     return [f"no box of {len(lost)} classes: {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}"]
 
 
-def _named(kind: str, lines: Sequence[str], total: int) -> str:
+def _named(kind: str, lines: Sequence[str], total: int | None = None) -> str:
     more = ", ..." if len(lines) > NAMED else ""
-    return f"{len(lines)} of {total} {kind}: {', '.join(lines[:NAMED])}{more}"
+    of = "" if total is None else f" of {total}"
+    return f"{len(lines)}{of} {kind}: {', '.join(lines[:NAMED])}{more}"

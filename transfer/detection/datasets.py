@@ -18,10 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from convert.errors import UserError, nearest
+from pretrain import figures
 from pretrain.embedded import CATEGORY, embedded_root
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
@@ -35,6 +37,8 @@ EMBEDDED = {
     "embedded_voc_trainval": (VOC, "trainval"),
     "embedded_voc_test": (VOC, "test"),
 }
+# Drawn figures with keypoints, in COCO's layout: name -> split
+FIGURES = {"embedded_keypoints_train": "train2017", "embedded_keypoints_val": "val2017"}
 # Where a standard set's files come from, for the line that misses them.
 ORIGINS = {
     COCO: "download train2017, val2017 and annotations from cocodataset.org into coco/",
@@ -169,12 +173,26 @@ def register(names: Sequence[str] = ()) -> None:
         MetadataCatalog.get(name).set(evaluator_type=kind, thing_classes=[CATEGORY])
         if kind == VOC:  # 2007 selects the 11-point metric that the papers report
             MetadataCatalog.get(name).set(year=2007, split=split)
+    for name, split in FIGURES.items():
+        if name not in DatasetCatalog.list():
+            DatasetCatalog.register(name, partial(_load_figures, name, split))
+            MetadataCatalog.get(name).set(evaluator_type=COCO, thing_classes=[figures.CATEGORY])
     for name in names:
         if name in DatasetCatalog.list():
             continue
         source = own_source(name)
         if source is not None:
             _register_own(name, source)
+
+
+def _load_figures(name: str, split: str) -> list[dict[str, Any]]:
+    from detectron2.data import MetadataCatalog
+    from detectron2.data.datasets import load_coco_json
+
+    root = figures.figures_root()
+    file, images = str(root / "annotations" / f"person_keypoints_{split}.json"), str(root / split)
+    MetadataCatalog.get(name).set(json_file=file, image_root=images)
+    return list(load_coco_json(file, images, name))
 
 
 def _register_own(name: str, source: Source) -> None:
@@ -203,7 +221,7 @@ def missing_files(names: Sequence[str]) -> list[str]:
     register(names)
     lines = []
     for name in names:
-        if name in EMBEDDED:
+        if name in EMBEDDED or name in FIGURES:
             continue  # builds itself
         if name not in DatasetCatalog.list():
             near = nearest(name, DatasetCatalog.list())
@@ -301,6 +319,7 @@ def load(
     *,
     training: bool,
     filter_empty: bool = True,
+    min_keypoints: int = 0,
     fraction: float = 1.0,
     split_seed: int = 0,
 ) -> Loaded:
@@ -310,13 +329,17 @@ def load(
         names: of one kind.
         training: leave out images without a usable box, then boxes that are broken.
         filter_empty: in training only; as DATALOADER.FILTER_EMPTY_ANNOTATIONS.
+        min_keypoints: in training only; leave out images with fewer labelled keypoints.
         fraction: in training only; see `choose`.
         split_seed: of the fraction.
 
     Raises:
         UserError: a listing cannot be read, names a class or an image that is not there.
     """
-    from detectron2.data.build import filter_images_with_only_crowd_annotations
+    from detectron2.data.build import (
+        filter_images_with_few_keypoints,
+        filter_images_with_only_crowd_annotations,
+    )
 
     readings = tuple(read(name) for name in names)
     for reading in readings:
@@ -333,9 +356,12 @@ def load(
         dicts = choose(dicts, fraction, split_seed)
         if filter_empty:
             dicts = filter_images_with_only_crowd_annotations(dicts)
+        if min_keypoints:
+            dicts = filter_images_with_few_keypoints(dicts, min_keypoints)
         dicts = [_without_broken(image, dropped) for image in dicts]
         if not dicts:
-            raise UserError(f"data {', '.join(names)}: has no image with a box to train on")
+            labelled = f"{min_keypoints} keypoints" if min_keypoints else "a box"
+            raise UserError(f"data {', '.join(names)}: has no image with {labelled} to train on")
     return Loaded(tuple(names), dicts, readings[0].classes, readings, tuple(dropped))
 
 

@@ -70,7 +70,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, test: datasets.Loaded, quiet: bool)
     kind = datasets.evaluator_type(cfg.DATASETS.TEST[0])[0]
     loader = build_detection_test_loader(
         test.dicts,
-        mapper=DatasetMapper(cfg, False),
+        mapper=build_mapper(cfg),
         sampler=InferenceSampler(len(test.dicts)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
@@ -80,6 +80,18 @@ def evaluate(cfg: CfgNode, model: nn.Module, test: datasets.Loaded, quiet: bool)
         return Outcome({}, {}, {}, {})
     measured = (_measure_coco if kind == datasets.COCO else _measure_voc)(cfg, test, found)
     return measured._replace(worth=image_worth(test.dicts, found))
+
+
+def build_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Return Detectron2's mapper of test images.
+
+    It drops annotations, but would ask first how the training set's keypoints are mirrored, and
+    those need not be here.
+    """
+    without = cfg.clone()
+    without.defrost()
+    without.MODEL.KEYPOINT_ON = False
+    return DatasetMapper(without, False)
 
 
 def find_task(cfg: CfgNode) -> tuple[str, tuple[str, ...]]:
@@ -107,12 +119,20 @@ def check_measurable(cfg: CfgNode, test: datasets.Loaded) -> None:
     entries = [entry for image in test.dicts for entry in image.get("annotations", [])]
     for kind in find_task(cfg)[1] or ("bbox",):
         key = COMPARED[kind]
-        if not any(e.get(key) and not e.get("iscrowd") and not e.get("difficult") for e in entries):
+        if not any(
+            _has(e, kind) and not e.get("iscrowd") and not e.get("difficult") for e in entries
+        ):
             remedy = "set MODEL.MASK_ON False" if kind == "segm" else "name another set"
             raise UserError(
                 f"DATASETS.TEST {cfg.DATASETS.TEST[0]}: no object has a '{key}', so that there is "
                 f"nothing to measure; {remedy}"
             )
+
+
+def _has(entry: Mapping[str, Any], kind: str) -> bool:
+    """Tell whether an object has what a kind compares; a keypoint counts if it is labelled."""
+    found = entry.get(COMPARED[kind]) or ()
+    return any(found[2::3]) if kind == "keypoints" else len(found) > 0
 
 
 def voc_rule(cfg: CfgNode) -> str:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ from convert import released
 from convert.errors import Stopped, UserError
 from convert.facts import EXTRA_KEY
 from convert.files import output_folder, write_text
-from transfer.detection import checkpoint, data_check, datasets, memory, recipes
+from transfer.detection import checkpoint, data_check, datasets, keypoints, memory, recipes
 from transfer.detection.album import take_pictures
 from transfer.detection.evaluation import SCORE, Outcome, check_measurable, evaluate, find_task
 from transfer.detection.pictures import draw_curves, draw_detections
@@ -186,10 +186,13 @@ def work(job: Job) -> None:
     _check_classes(cfg, test)
     check_measurable(cfg, test)
     if job.eval_only:
+        joints = _keypoints(cfg, test.names)
         _check_data(job, test)
         model = build_detector(cfg)
         facts = load_detector(model, _detector_file(job), cfg)
-        trained_on = facts.pop("classes", None)
+        trained_on, learnt = facts.pop("classes", None), facts.pop("keypoints", None)
+        if learnt and joints:
+            keypoints.check_same(str(_detector_file(job)), learnt, test.names[0], joints)
         if trained_on is not None:
             datasets.check_classes(
                 str(_detector_file(job)), trained_on, test.names[0], test.classes
@@ -203,13 +206,15 @@ def work(job: Job) -> None:
             cfg.DATASETS.TRAIN,
             training=True,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=_least_keypoints(cfg),
             fraction=cfg.MOCO.TRAIN_FRACTION,
             split_seed=cfg.MOCO.SPLIT_SEED,
         )
         _check_classes(cfg, train)
         datasets.check_classes(train.names[0], train.classes, test.names[0], test.classes)
+        joints = _keypoints(cfg, (*train.names, *test.names))
         _check_data(job, test, train)
-        model, facts = _train(job, train)
+        model, facts = _train(job, train, joints)
         data = {"train": train.record(), "test": test.record()}
     outcome = evaluate(cfg, model, test, job.quiet)
     if comm.is_main_process():
@@ -231,7 +236,25 @@ def work(job: Job) -> None:
         _say_results(job, record)
 
 
-def _train(job: Job, train: datasets.Loaded) -> tuple[nn.Module, dict[str, Any]]:
+def _keypoints(cfg: CfgNode, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the keypoints that a recipe's detector finds; none: it finds none."""
+    return keypoints.prepare(cfg, names) if cfg.MODEL.KEYPOINT_ON else ()
+
+
+def _keypoint_count(cfg: CfgNode) -> int:
+    """Return how many keypoints an object has for a recipe's detector; 0: it finds none."""
+    return int(cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS) if cfg.MODEL.KEYPOINT_ON else 0
+
+
+def _least_keypoints(cfg: CfgNode) -> int:
+    """Return how many an image is trained on with, as Detectron2 filters images."""
+    head = cfg.MODEL.ROI_KEYPOINT_HEAD
+    return int(head.MIN_KEYPOINTS_PER_IMAGE) if cfg.MODEL.KEYPOINT_ON else 0
+
+
+def _train(
+    job: Job, train: datasets.Loaded, joints: Sequence[str]
+) -> tuple[nn.Module, dict[str, Any]]:
     """Bring a detector from its start, or from where it stopped, to its end."""
     cfg = job.cfg
     model = build_detector(cfg)
@@ -244,7 +267,8 @@ def _train(job: Job, train: datasets.Loaded) -> tuple[nn.Module, dict[str, Any]]
     _begin_logs(job)
     if comm.is_main_process():
         write_text(job.output / CONFIG_FILE, cfg.dump())
-    trainer = Trainer(cfg, model, train, facts | {"classes": list(train.classes)}, job.quiet)
+    learnt = {"classes": list(train.classes)} | ({"keypoints": list(joints)} if joints else {})
+    trainer = Trainer(cfg, model, train, facts | learnt, job.quiet)
     trainer.train_from(state)
     trainer.recompute_statistics()
     if comm.is_main_process():
@@ -268,13 +292,20 @@ def check_data(cfg: CfgNode, *, quiet: bool) -> int:
     readings = {name: datasets.read(name) for name in sets}
     findings = []
     for name, training in sets.items():
-        found = data_check.look(readings[name], training=training, decode=True, quiet=quiet)
+        found = data_check.look(
+            readings[name],
+            training=training,
+            decode=True,
+            keypoints=_keypoint_count(cfg),
+            quiet=quiet,
+        )
         findings.append(found)
         print("\n".join(found.lines()), flush=True)
     data_check.refuse(findings)
     first = next(iter(readings.values()))
     for reading in readings.values():
         datasets.check_classes(first.name, first.classes, reading.name, reading.classes)
+    _keypoints(cfg, list(sets))
     print("data: nothing stops a run")
     return 0
 
@@ -285,7 +316,11 @@ def _check_data(job: Job, test: datasets.Loaded, train: datasets.Loaded | None =
         return
     trained = () if train is None else train.readings
     pairs = [*((reading, True) for reading in trained), *((r, False) for r in test.readings)]
-    findings = [data_check.look(r, training=training, quiet=job.quiet) for r, training in pairs]
+    points = _keypoint_count(job.cfg)
+    findings = [
+        data_check.look(r, training=training, keypoints=points, quiet=job.quiet)
+        for r, training in pairs
+    ]
     for found in findings:
         if found.notes:
             job.say("\n".join(found.lines()))

@@ -27,7 +27,22 @@ measurements of Mask R-CNN before training; so the estimate of a region is above
      320  1  512    yes      0.71       0.77  bf16 autocast
      320  1  128    yes      0.81       1.00  4conv1fc
 
-On a GPU neither was measured: the same sums are taken there, without the libraries' workspace.
+Dilated C5 (Faster R-CNN) keeps the pixels of its res5, and as little of a region as FPN:
+
+     320  1  128     no      0.88       0.94
+     320  1  512     no      0.88       1.08
+     320  2  128     no      1.18       1.31
+     640  1  128     no      1.82       1.91
+     640  1  512     no      2.01       2.05
+
+Keypoint R-CNN on FPN, with as many people as the sampler takes (a quarter of the regions):
+
+     320  1  128     no      0.97       1.09
+     320  1  512     no      1.44       1.45
+     320  2  128     no      1.53       1.64
+     640  1  128     no      2.20       2.38
+
+On a GPU none was measured: the same sums are taken there, without the libraries' workspace.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,6 +59,8 @@ from transfer.detection.recipes import images_at_once
 GIB = 2**30
 BYTES_A_PIXEL, BYTES_A_REGION = 2300.0, 6.8e6  # of C4, at a pooled side of 14
 FPN_BYTES_A_PIXEL, FPN_BYTES_A_REGION = 4500.0, 0.4e6  # at a pooled side of 7
+C5_BYTES_A_PIXEL = 3400.0  # a region's are FPN's
+KEYPOINT_BYTES_A_REGION = 0.6e6  # beside its box's
 BYTES_A_CONV = 0.15e6  # of the box head, a region
 OVERHEAD = 0.1 * GIB
 BF16_SHARE = 0.55  # of what float32 keeps
@@ -103,9 +120,12 @@ def needed_bytes(cfg: CfgNode, pixels: int, images: int, model: nn.Module) -> fl
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     a_pixel, a_region, side = BYTES_A_PIXEL, BYTES_A_REGION, 14  # the published one
-    if "fpn" in cfg.MODEL.BACKBONE.NAME:
-        a_pixel, side = FPN_BYTES_A_PIXEL, 7
+    if cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads":
+        fpn = "fpn" in cfg.MODEL.BACKBONE.NAME
+        a_pixel, side = FPN_BYTES_A_PIXEL if fpn else C5_BYTES_A_PIXEL, 7
         a_region = FPN_BYTES_A_REGION + BYTES_A_CONV * cfg.MODEL.ROI_BOX_HEAD.NUM_CONV
+    if cfg.MODEL.KEYPOINT_ON:
+        a_region += KEYPOINT_BYTES_A_REGION
     pooled = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION / side
     regions = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE * pooled**2
     activations: float = images * (pixels * a_pixel + regions * a_region)

@@ -119,6 +119,7 @@ def _draw(axes: Axes, picture: NDArray[np.uint8], figure: Figure) -> None:
             mask = figure.masks[place]
             canvas[mask] = 0.55 * canvas[mask] + 0.45 * _ink(place)
     axes.imshow(canvas)
+    axes.autoscale(enable=False)  # what lies beside the image does not widen the view
     for place in places:
         x0, y0, x1, y1 = figure.boxes[place]
         colour = COLOURS[place % len(COLOURS)]

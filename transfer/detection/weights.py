@@ -19,7 +19,7 @@ from convert.files import sha256
 from convert.names import COUNTER, land, to_detectron2
 from convert.reading import PickledArray, read_file
 from convert.settings import check_keys, check_recipe
-from transfer.detection import recipes, roi_heads  # noqa: F401 (registers the head)
+from transfer.detection import dilated_c5, recipes, roi_heads  # noqa: F401 (registers them)
 
 FINAL_FILE = "model_final.pth"  # the trained detector, without what only training needs
 # Made anew from the recipe; old files of Detectron2 hold them all the same.
@@ -36,9 +36,22 @@ def build_detector(cfg: CfgNode) -> nn.Module:
             # Its variance is a difference of means, which bf16 would lose.
             norm.register_forward_pre_hook(lambda _, given: (given[0].float(),))
             norm.register_forward_hook(lambda _, given, out: out.bfloat16())
+        for name in ("mask_head", "keypoint_head"):
+            if cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads" and hasattr(model.roi_heads, name):
+                _leave_in_float32(getattr(model.roi_heads, name))
         cast = torch.autocast(torch.device(cfg.MODEL.DEVICE).type, dtype=torch.bfloat16)
         model.forward = cast(model.forward)
     return model
+
+
+def _leave_in_float32(head: Any) -> None:
+    """Let a mask or keypoint head give float32, whatever its layers compute in.
+
+    What it gives becomes places in the image in its own type: bf16 would round those to whole
+    pixels and more. C4's head does it where it pastes (`roi_heads.py`).
+    """
+    layers = head.layers
+    head.layers = lambda features: layers(features).float()
 
 
 def fill_backbone(model: nn.Module, cfg: CfgNode) -> dict[str, Any]:
