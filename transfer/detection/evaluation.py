@@ -1,4 +1,4 @@
-"""What a trained detector is worth: COCO's or VOC's measure, and how well each image came out."""
+"""What a trained detector is worth on its set's measure, and how well each image came out."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from torch import nn
 
 from convert.errors import UserError
 from convert.progress import progress
-from transfer.detection import coco_metric, datasets, voc_metric
+from transfer.detection import coco_metric, datasets, lvis_metric, voc_metric
 
 PARTS = ("AP", "AP50", "AP75")
 SCORE = 0.5  # over it a detection counts, and is drawn, when single images are looked at
@@ -74,28 +74,32 @@ def evaluate(cfg: CfgNode, model: nn.Module, test: datasets.Loaded, quiet: bool)
         sampler=InferenceSampler(len(test.dicts)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    collector = _Collector(as_json=kind == datasets.COCO)
+    collector = _Collector(as_json=kind in MEASURES)
     found = inference_on_dataset(model, _Counted(loader, quiet), collector)
     if not comm.is_main_process():
         return Outcome({}, {}, {}, {})
-    measured = (_measure_coco if kind == datasets.COCO else _measure_voc)(cfg, test, found)
+    measured = MEASURES.get(kind, _measure_voc)(cfg, test, found)
     return measured._replace(worth=image_worth(test.dicts, found))
 
 
 def find_task(cfg: CfgNode) -> tuple[str, tuple[str, ...]]:
-    """Return the task's name, and what COCO measures of it (none for VOC).
+    """Return the task's name, and what is measured of it in COCO's words (none for VOC).
 
     Raises:
-        UserError: the set is neither COCO's nor VOC's.
+        UserError: the set has no measure here.
     """
     name = cfg.DATASETS.TEST[0]
     kind, year = datasets.evaluator_type(name)
     if kind == datasets.COCO:
         more = (("segm", cfg.MODEL.MASK_ON), ("keypoints", cfg.MODEL.KEYPOINT_ON))
         return "coco", ("bbox", *(word for word, wanted in more if wanted))
+    if kind == datasets.LVIS:
+        return "lvis", ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     if kind == datasets.VOC:
         return f"voc{year % 100:02d}" if year else "voc", ()
-    raise UserError(f"DATASETS.TEST {name}: is measured as '{kind}', want a COCO or a VOC set")
+    raise UserError(
+        f"DATASETS.TEST {name}: is measured as '{kind}', want a set of COCO, VOC or LVIS"
+    )
 
 
 def check_measurable(cfg: CfgNode, test: datasets.Loaded) -> None:
@@ -140,6 +144,26 @@ def _measure_coco(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -
         outcome.metrics.update({word + part: numbers.pop(part) for part in PARTS})
         per_class |= {f"{word}AP": measured.per_class(), f"{word}AP50": measured.per_class(0.5)}
         per_size |= {word + part: value for part, value in numbers.items()}
+        outcome.curves.update({f"{word}AP{at}": measured.curve(at / 100) for at in (50, 75)})
+    outcome.details.update(per_class=per_class, per_size_and_recall=per_size)
+    return outcome
+
+
+def _measure_lvis(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -> Outcome:
+    file = Path(MetadataCatalog.get(cfg.DATASETS.TEST[0]).json_file)
+    truth = json.loads(file.read_text(encoding="utf-8"))
+    original = sorted(category["id"] for category in truth["categories"])
+    results = [r | {"category_id": original[r["category_id"]]} for one in found for r in one.json]
+    evaluator = coco_metric.choose(cfg.MOCO.COCO_EVALUATOR)
+    outcome = Outcome({}, {"evaluator": f"LVIS, {coco_metric.version(evaluator)}"}, {}, {})
+    per_class: dict[str, dict[str, float]] = {}
+    per_size: dict[str, float] = {}
+    for kind in find_task(cfg)[1]:
+        measured = lvis_metric.measure(truth, results, kind, evaluator)
+        word = f"lvis/{PREFIXES[kind]}"
+        for part, value in measured.percent(kind).items():
+            (outcome.metrics if part in lvis_metric.HEADLINE else per_size)[word + part] = value
+        per_class |= {f"{word}AP": measured.per_class()}
         outcome.curves.update({f"{word}AP{at}": measured.curve(at / 100) for at in (50, 75)})
     outcome.details.update(per_class=per_class, per_size_and_recall=per_size)
     return outcome
@@ -277,3 +301,6 @@ class _Counted:
 
     def __iter__(self) -> Iterator[Any]:
         return progress(self._loader, len(self), "evaluation", "image", quiet=hidden(self._quiet))
+
+
+MEASURES = {datasets.COCO: _measure_coco, datasets.LVIS: _measure_lvis}  # from detections as JSON
