@@ -151,7 +151,8 @@ def embedded_root() -> Path:
     """Return the embedded set's folder; the first call builds it, in a few seconds.
 
     The folder has the shape that `DETECTRON2_DATASETS` wants, and the single digits beside it:
-    `digits/{train,val}/<value>/<index>.png`, `VOC2007/`, `coco/`, `lvis/`.
+    `digits/{train,val}/<value>/<index>.png`, `VOC2007/`, `coco/`, `lvis/`,
+    `cityscapes/`.
 
     Processes that start at once may all build; the first to finish wins, the others discard theirs.
 
@@ -646,6 +647,37 @@ def _lvis_objects(scene: Scene, looked: set[int]) -> tuple[list[dict[str, Any]],
     return objects, partly
 
 
+# Cityscapes' labels of things, by a digit's value; a 9 is a group of cars (`cargroup`).
+CITY_LABELS = (24, 25, 26, 27, 28, 31, 32, 33, 24)
+CITY_ROAD, CITY_BORDER, CITY_GROUP = 7, 3, 26
+CITY_BORDER_ROWS = 8  # out of the region of interest, as above Cityscapes' photographs
+
+
+def write_cityscapes(root: Path, scenes: Scenes, recipe: Recipe) -> None:
+    """Write `cityscapes/{leftImg8bit,gtFine}/{train,val}/digits/`: photographs, ids and labels."""
+    for split, part in scenes.items():
+        for scene in part:
+            ids = _city_ids(scene)
+            labels = np.where(ids >= 1000, ids // 1000, ids)
+            images = {
+                "leftImg8bit": Image.fromarray(scene.image),
+                "gtFine_instanceIds": Image.fromarray(ids.astype(np.uint16)),
+                "gtFine_labelIds": Image.fromarray(labels.astype(np.uint8)),
+            }
+            for kind, image in images.items():
+                folder = root / "cityscapes" / kind.split("_")[0] / split / "digits"
+                image.save(_ready(folder / f"digits_{scene.image_id:06d}_000019_{kind}.png"))
+
+
+def _city_ids(scene: Scene) -> NDArray[np.int64]:
+    ids = np.full(scene.image.shape[:2], CITY_ROAD, np.int64)
+    ids[:CITY_BORDER_ROWS] = CITY_BORDER
+    for number, digit in enumerate(scene.digits):
+        single = digit.value < len(CITY_LABELS)
+        ids[digit.mask] = 1000 * CITY_LABELS[digit.value] + number if single else CITY_GROUP
+    return ids
+
+
 def write_voc(root: Path, scenes: Scenes, recipe: Recipe) -> None:
     """Write `VOC2007/`: trainval is our training split, test our validation split."""
     folder = root / "VOC2007"
@@ -692,4 +724,4 @@ def _ready(path: Path) -> Path:
     return path
 
 
-SCENE_LAYOUTS = (write_coco, write_voc, write_lvis)
+SCENE_LAYOUTS = (write_coco, write_voc, write_lvis, write_cityscapes)

@@ -39,6 +39,7 @@ REFERENCE = {
     "coco_R_50_C4_2x_moco": "coco_R50_C4_2x_moco",
 }
 TASKS = {
+    "cityscapes_R50_FPN_24k": (24000, [18000]),
     "lvis_R50_FPN_1x": (90000, [60000, 80000]),
     "lvis_R50_FPN_2x": (180000, [120000, 160000]),
     "voc_R50_C4_24k": (24000, [18000, 22000]),
@@ -234,6 +235,17 @@ def test_lvis_is_detectron2s_own_but_for_the_papers_norms() -> None:
         *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
         *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
     }
+
+
+def test_cityscapes_is_detectron2s_own_but_for_norms_weights_and_masks() -> None:
+    before = zoo("Cityscapes/mask_rcnn_R_50_FPN")
+    now = flatten(load_recipe(CONFIGS / "cityscapes_R50_FPN_24k_supervised.yaml"))
+    assert {key for key in before if before[key] != now[key]} == {
+        *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
+        *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
+        *("INPUT.MASK_FORMAT", "TEST.EVAL_PERIOD"),
+    }
+    assert now["INPUT.MASK_FORMAT"] == "bitmask"
 
 
 @pytest.mark.parametrize("file", FROZEN, ids=lambda file: file.stem)

@@ -68,6 +68,7 @@ def write(folder: Path, content: dict[str, Any]) -> str:
 # region proposals (6) and box predictor (4), and in C4 the extra norm (5), in COCO the mask head
 # (4), in FPN its own convolutions and norms (48, with a norm's 5), the heads of 2fc or 4conv1fc.
 SIZES = {
+    "cityscapes_R50_FPN": (392, 44_010_880, 74),
     "lvis_R50_FPN": (392, 50_587_684, 74),
     "lvis_R50_FPN_frozenBN": (307, 50_532_516, 42),  # frozen norms count no batches; FPN has none
     "voc_R50_C4": (333, 33_234_160, 15),

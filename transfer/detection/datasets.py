@@ -37,6 +37,8 @@ EMBEDDED = {
     "embedded_voc_test": (VOC, "test"),
     "embedded_lvis_train": (LVIS, "train"),
     "embedded_lvis_val": (LVIS, "val"),
+    "embedded_cityscapes_train": (CITYSCAPES, "train"),
+    "embedded_cityscapes_val": (CITYSCAPES, "val"),
 }
 # Where a standard set's files come from, for the line that misses them.
 ORIGINS = {
@@ -44,6 +46,7 @@ ORIGINS = {
     VOC: "download VOCtrainval and VOCtest from host.robots.ox.ac.uk/pascal/VOC, they unpack to "
     "VOCdevkit/VOC2007 and VOCdevkit/VOC2012",
     LVIS: "download its annotations from lvisdataset.org into lvis/; images are COCO's, in coco/",
+    CITYSCAPES: "download leftImg8bit and gtFine from cityscapes-dataset.com into cityscapes/",
 }
 OWN = "name one's own as annotations.json:images/ or as VOCFOLDER:LIST"
 
@@ -293,6 +296,8 @@ def read(name: str) -> Reading:
     try:
         if meta.get("evaluator_type") == LVIS:
             return _read_lvis(name)
+        if meta.get("evaluator_type") == CITYSCAPES:
+            return _read_cityscapes(name)
         with _warnings() as notes:
             dicts = DatasetCatalog.get(name)
     # What Detectron2 and pycocotools raise on a file that is not as they want it has no list.
@@ -485,6 +490,19 @@ def _read_lvis(name: str) -> Reading:
     return Reading(name, dicts, classes, tuple(lines or ([] if dicts else ["it lists no images"])))
 
 
+def _read_cityscapes(name: str) -> Reading:
+    from detectron2.data import MetadataCatalog
+
+    from transfer.detection import cityscapes_sets
+
+    meta = MetadataCatalog.get(name)
+    if name in EMBEDDED:
+        root, split = embedded_root() / "cityscapes", EMBEDDED[name][1]
+        meta.set(image_dir=str(root / "leftImg8bit" / split), gt_dir=str(root / "gtFine" / split))
+    dicts, faults = cityscapes_sets.read(Path(meta.image_dir), Path(meta.gt_dir))
+    return Reading(name, dicts, cityscapes_sets.CLASSES, faults)
+
+
 def _classes(name: str) -> tuple[str, ...]:
     """Read the classes of one's own set: a COCO file's by id, a VOC folder's by the alphabet.
 
@@ -566,4 +584,6 @@ def _wanted_paths(meta: Any) -> list[Path]:
         folder = Path(meta.dirname)
         listing = [folder / "ImageSets" / "Main" / f"{meta.split}.txt"] if meta.split else []
         return [*listing, folder / "Annotations", folder / "JPEGImages"]
+    if meta.get("gt_dir"):
+        return [Path(meta.image_dir), Path(meta.gt_dir)]
     return []

@@ -18,7 +18,14 @@ from torch import nn
 
 from convert.errors import UserError
 from convert.progress import progress
-from transfer.detection import coco_metric, datasets, lvis_metric, voc_metric
+from transfer.detection import (
+    cityscapes_metric,
+    cityscapes_sets,
+    coco_metric,
+    datasets,
+    lvis_metric,
+    voc_metric,
+)
 
 PARTS = ("AP", "AP50", "AP75")
 SCORE = 0.5  # over it a detection counts, and is drawn, when single images are looked at
@@ -95,6 +102,10 @@ def find_task(cfg: CfgNode) -> tuple[str, tuple[str, ...]]:
         return "coco", ("bbox", *(word for word, wanted in more if wanted))
     if kind == datasets.LVIS:
         return "lvis", ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    if kind == datasets.CITYSCAPES and cfg.MODEL.MASK_ON:
+        return "cityscapes", ("segm",)
+    if kind == datasets.CITYSCAPES:
+        raise UserError(f"DATASETS.TEST {name}: is measured by masks; set MODEL.MASK_ON True")
     if kind == datasets.VOC:
         return f"voc{year % 100:02d}" if year else "voc", ()
     raise UserError(
@@ -167,6 +178,35 @@ def _measure_lvis(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -
         outcome.curves.update({f"{word}AP{at}": measured.curve(at / 100) for at in (50, 75)})
     outcome.details.update(per_class=per_class, per_size_and_recall=per_size)
     return outcome
+
+
+def _measure_cityscapes(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -> Outcome:
+    files = {image["image_id"]: Path(image["instance_ids_file"]) for image in test.dicts}
+    seen: dict[str, list[cityscapes_metric.Seen]] = {name: [] for name in test.classes}
+    for one in found:
+        ids = cityscapes_sets.read_ids(files[one.image_id])
+        for place, name in enumerate(test.classes):
+            own = [entry for entry in one.json if entry["category_id"] == place]
+            masks, scores = [e["segmentation"] for e in own], [e["score"] for e in own]
+            label = cityscapes_sets.THINGS[place]
+            seen[name].append(cityscapes_metric.look(ids, label, masks, scores))
+    by_class = {name: cityscapes_metric.curves(images) for name, images in seen.items()}
+    lines = {name: own for name, own in by_class.items() if own is not None}
+    table = {name: 100 * np.array([one.area() for one in own]) for name, own in lines.items()}
+    means = np.mean(list(table.values()), axis=0)
+    word = "cityscapes/mask_AP"
+    details = {
+        "evaluator": "Cityscapes, by its definition",
+        "per_class": {
+            word: {name: float(values.mean()) for name, values in table.items()},
+            f"{word}50": {name: float(values[0]) for name, values in table.items()},
+        },
+    }
+    drawn = {
+        f"{word}{at}": np.mean([own[(at - 50) // 5].at(RECALLS) for own in lines.values()], axis=0)
+        for at in (50, 75)
+    }
+    return Outcome({word: float(means.mean()), f"{word}50": float(means[0])}, details, drawn, {})
 
 
 def _measure_voc(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -> Outcome:
@@ -303,4 +343,8 @@ class _Counted:
         return progress(self._loader, len(self), "evaluation", "image", quiet=hidden(self._quiet))
 
 
-MEASURES = {datasets.COCO: _measure_coco, datasets.LVIS: _measure_lvis}  # from detections as JSON
+MEASURES = {  # of detections as COCO's results
+    datasets.COCO: _measure_coco,
+    datasets.LVIS: _measure_lvis,
+    datasets.CITYSCAPES: _measure_cityscapes,
+}
