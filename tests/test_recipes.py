@@ -26,7 +26,8 @@ from transfer.detection.recipes import (
 
 CONFIGS = ROOT / "configs"
 BASE = CONFIGS / "Base-RCNN-C4-BN.yaml"  # the reference's, which is no recipe by itself
-RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - {BASE})
+# DensePose's load where its project is installed: tests/test_dense_pose.py.
+RECIPES = sorted({*CONFIGS.glob("*.yaml")} - {BASE, *CONFIGS.glob("densepose_*.yaml")})
 FROZEN = sorted(CONFIGS.glob("*_frozenBN.yaml"))
 PARTS = sorted((CONFIGS / "parts").glob("*.yaml"))
 VOC = CONFIGS / "voc_R50_C4_24k_moco.yaml"

@@ -22,7 +22,7 @@ from detectron2.engine import DefaultTrainer
 from convert.errors import UserError, nearest
 from convert.files import detectron2_version
 from pretrain.config import BASE_KEY
-from transfer.detection import coco_metric, datasets, voc_metric
+from transfer.detection import coco_metric, datasets, dense_pose, voc_metric
 from transfer.results import name_recipe
 
 DETECTRON2_OUTPUT = "./output"  # Detectron2's default, where our link to the weights lives
@@ -275,6 +275,8 @@ def _merge_file(cfg: CfgNode, file: Path) -> None:
     bases = content.pop(BASE_KEY, [])
     for base in [bases] if isinstance(bases, str) else bases:
         _merge_file(cfg, file.parent / Path(base).expanduser())
+    if any("DENSEPOSE" in key for key in dict(_walk(content))):
+        dense_pose.add_keys(cfg, f"recipe {file}")
     _check_keys(cfg, dict(_walk(content)), f"recipe {file}")
     if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
         raise UserError(f"recipe {file}: VERSION is {content['VERSION']}, want {cfg.VERSION}")
