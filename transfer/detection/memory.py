@@ -27,6 +27,10 @@ measurements of Mask R-CNN before training; so the estimate of a region is above
      320  1  512    yes      0.71       0.77  bf16 autocast
      320  1  128    yes      0.81       1.00  4conv1fc
 
+These had at most 80 classes. Masks are predicted of every class for each positive region, which
+counts with LVIS's 1230: Detectron2's model zoo has 7.1 GB where COCO's same network takes 3.4, two
+images each, which is four float32 copies of them.
+
 On a GPU neither was measured: the same sums are taken there, without the libraries' workspace.
 """
 
@@ -46,6 +50,7 @@ BYTES_A_PIXEL, BYTES_A_REGION = 2300.0, 6.8e6  # of C4, at a pooled side of 14
 FPN_BYTES_A_PIXEL, FPN_BYTES_A_REGION = 4500.0, 0.4e6  # at a pooled side of 7
 BYTES_A_CONV = 0.15e6  # of the box head, a region
 OVERHEAD = 0.1 * GIB
+MASK_COPIES, FEW_CLASSES = 4, 80  # of a positive region's masks; what the above has in it
 BF16_SHARE = 0.55  # of what float32 keeps
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -109,6 +114,11 @@ def needed_bytes(cfg: CfgNode, pixels: int, images: int, model: nn.Module) -> fl
     pooled = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION / side
     regions = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE * pooled**2
     activations: float = images * (pixels * a_pixel + regions * a_region)
+    if cfg.MODEL.MASK_ON:
+        heads, mask_side = cfg.MODEL.ROI_HEADS, 2 * cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
+        positives = heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION
+        more_classes = max(0, heads.NUM_CLASSES - FEW_CLASSES)
+        activations += 4 * MASK_COPIES * images * positives * more_classes * mask_side**2
     if cfg.MOCO.PRECISION == "bf16":
         activations *= BF16_SHARE
     return activations + 2 * trained + OVERHEAD
