@@ -151,7 +151,8 @@ def embedded_root() -> Path:
     """Return the embedded set's folder; the first call builds it, in a few seconds.
 
     The folder has the shape that `DETECTRON2_DATASETS` wants, and the single digits beside it:
-    `digits/{train,val}/<value>/<index>.png`, `VOC2007/`, `coco/`.
+    `digits/{train,val}/<value>/<index>.png`, `VOC2007/`, `coco/`, `lvis/`,
+    `cityscapes/`.
 
     Processes that start at once may all build; the first to finish wins, the others discard theirs.
 
@@ -583,6 +584,118 @@ def _coco_annotations(scene: Scene) -> list[dict[str, Any]]:
     ]
 
 
+# LVIS's categories: values with loops, strokes, and one value each. Annotators of a category looked
+# at so many training images, in order: hence it is rare, common or frequent.
+LVIS_CATEGORIES: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
+    ("loop", "f", (0, 6, 8, 9), 240),
+    ("stroke", "f", (1, 4, 7), 240),
+    ("two", "c", (2,), 240),
+    ("three", "c", (3,), 120),
+    ("five", "r", (5,), 16),
+)
+
+
+def write_lvis(root: Path, scenes: Scenes, recipe: Recipe) -> None:
+    """Write `lvis/lvis_v0.5_{train,val}.json`, of the images in `coco/`.
+
+    As in LVIS, an image says which categories were looked for in it and are not there, and of which
+    not every object is annotated: of every third image's loops that is one.
+    """
+    for split, part in scenes.items():
+        images, annotations = [], []
+        for scene in part:
+            looked = {
+                number
+                for number, (_, _, _, most) in enumerate(LVIS_CATEGORIES, start=1)
+                if split == "val" or scene.image_id <= most
+            }
+            objects, partly = _lvis_objects(scene, looked)
+            height, width = scene.image.shape[:2]
+            name = f"{scene.image_id:012d}.jpg"
+            images.append(
+                {
+                    "id": scene.image_id,
+                    "file_name": name,
+                    "coco_url": f"embedded://{split}2017/{name}",
+                    "height": height,
+                    "width": width,
+                    "neg_category_ids": sorted(looked - {e["category_id"] for e in objects}),
+                    "not_exhaustive_category_ids": sorted(partly),
+                }
+            )
+            annotations += objects
+        counts = [
+            len({e["image_id"] for e in annotations if e["category_id"] == number})
+            for number in range(1, 1 + len(LVIS_CATEGORIES))
+        ]
+        words = [
+            {"id": number, "name": name, "frequency": frequency, "image_count": count}
+            for number, ((name, frequency, _, _), count) in enumerate(
+                zip(LVIS_CATEGORIES, counts, strict=True), start=1
+            )
+        ]
+        content = {
+            "info": {"description": "MoCo Transfer's embedded digits", "version": "0.5"},
+            "licenses": [],
+            "images": images,
+            "annotations": annotations,
+            "categories": words,
+        }
+        write_json(root / "lvis" / f"lvis_v0.5_{split}.json", content)
+
+
+def _lvis_objects(scene: Scene, looked: set[int]) -> tuple[list[dict[str, Any]], set[int]]:
+    """Return a scene's objects of the categories looked for, and those partly annotated."""
+    numbers = {
+        value: number
+        for number, (_, _, values, _) in enumerate(LVIS_CATEGORIES, start=1)
+        for value in values
+    }
+    objects: list[dict[str, Any]] = []
+    partly: set[int] = set()
+    for entry in _coco_annotations(scene):
+        number = numbers[entry["value"]]
+        again = number == 1 and any(e["category_id"] == 1 for e in objects)
+        if number in looked and again and scene.image_id % 3 == 0:
+            partly.add(number)
+        elif number in looked:
+            objects.append(
+                {k: v for k, v in entry.items() if k != "iscrowd"} | {"category_id": number}
+            )
+    return objects, partly
+
+
+# Cityscapes' labels of things, by a digit's value; a 9 is a group of cars (`cargroup`).
+CITY_LABELS = (24, 25, 26, 27, 28, 31, 32, 33, 24)
+CITY_ROAD, CITY_BORDER, CITY_GROUP = 7, 3, 26
+CITY_BORDER_ROWS = 8  # out of the region of interest, as above Cityscapes' photographs
+
+
+def write_cityscapes(root: Path, scenes: Scenes, recipe: Recipe) -> None:
+    """Write `cityscapes/{leftImg8bit,gtFine}/{train,val}/digits/`: photographs, ids and labels."""
+    for split, part in scenes.items():
+        for scene in part:
+            ids = _city_ids(scene)
+            labels = np.where(ids >= 1000, ids // 1000, ids)
+            images = {
+                "leftImg8bit": Image.fromarray(scene.image),
+                "gtFine_instanceIds": Image.fromarray(ids.astype(np.uint16)),
+                "gtFine_labelIds": Image.fromarray(labels.astype(np.uint8)),
+            }
+            for kind, image in images.items():
+                folder = root / "cityscapes" / kind.split("_")[0] / split / "digits"
+                image.save(_ready(folder / f"digits_{scene.image_id:06d}_000019_{kind}.png"))
+
+
+def _city_ids(scene: Scene) -> NDArray[np.int64]:
+    ids = np.full(scene.image.shape[:2], CITY_ROAD, np.int64)
+    ids[:CITY_BORDER_ROWS] = CITY_BORDER
+    for number, digit in enumerate(scene.digits):
+        single = digit.value < len(CITY_LABELS)
+        ids[digit.mask] = 1000 * CITY_LABELS[digit.value] + number if single else CITY_GROUP
+    return ids
+
+
 def write_voc(root: Path, scenes: Scenes, recipe: Recipe) -> None:
     """Write `VOC2007/`: trainval is our training split, test our validation split."""
     folder = root / "VOC2007"
@@ -629,4 +742,4 @@ def _ready(path: Path) -> Path:
     return path
 
 
-SCENE_LAYOUTS = (write_coco, write_voc)
+SCENE_LAYOUTS = (write_coco, write_voc, write_lvis, write_cityscapes)

@@ -101,3 +101,14 @@ def test_a_container_with_a_limit_has_no_more_than_it_leaves(tmp_path, monkeypat
     assert memory.available_bytes(cpu) == 500000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_bytes(cpu) > 500000
+
+
+def test_lvis_needs_what_detectron2s_zoo_has_for_it_above_coco() -> None:
+    """7.1 GB and 3.4 GB, two images each; the larger heads' own tensors are counted elsewhere."""
+    needs = [
+        memory.needed_bytes(
+            load_recipe(ROOT / "configs" / f"{task}_R50_FPN_1x_moco.yaml"), 10**6, 2, nn.Identity()
+        )
+        for task in ("coco", "lvis")
+    ]
+    assert needs[1] - needs[0] == pytest.approx((7.1 - 3.4) * 1e9, rel=0.05)

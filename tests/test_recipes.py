@@ -26,7 +26,9 @@ from transfer.detection.recipes import (
 
 CONFIGS = ROOT / "configs"
 BASE = CONFIGS / "Base-RCNN-C4-BN.yaml"  # the reference's, which is no recipe by itself
-RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - {BASE})
+# DensePose's load where its project is installed: tests/test_dense_pose.py.
+RECIPES = sorted({*CONFIGS.glob("*.yaml")} - {BASE, *CONFIGS.glob("densepose_*.yaml")})
+FROZEN = sorted(CONFIGS.glob("*_frozenBN.yaml"))
 PARTS = sorted((CONFIGS / "parts").glob("*.yaml"))
 VOC = CONFIGS / "voc_R50_C4_24k_moco.yaml"
 COCO = CONFIGS / "coco_R50_C4_1x_moco.yaml"
@@ -38,6 +40,9 @@ REFERENCE = {
     "coco_R_50_C4_2x_moco": "coco_R50_C4_2x_moco",
 }
 TASKS = {
+    "cityscapes_R50_FPN_24k": (24000, [18000]),
+    "lvis_R50_FPN_1x": (90000, [60000, 80000]),
+    "lvis_R50_FPN_2x": (180000, [120000, 160000]),
     "voc_R50_C4_24k": (24000, [18000, 22000]),
     "voc_R50_C4_9k": (9000, [6750, 8250]),
     "voc_R50_C5_24k": (24000, [18000, 22000]),
@@ -164,7 +169,7 @@ def test_every_task_has_a_recipe_of_the_three_starts_that_differ_in_nothing_else
 
 
 def test_the_papers_norms_are_trained_and_synchronised_whatever_the_start() -> None:
-    for file in (f for f in RECIPES if "embedded" not in f.stem):
+    for file in (f for f in RECIPES if not f.stem.startswith("embedded") and f not in FROZEN):
         found = flatten(load_recipe(file))
         norm = "naiveSyncBN" if file.stem.endswith("naiveSyncBN") else "SyncBN"
         assert found["MODEL.RESNETS.NORM"] == norm
@@ -219,12 +224,17 @@ def test_the_published_settings_are_these(name: str, wanted: dict[str, object]) 
     assert {key: found[key] for key in wanted} == wanted
 
 
-def test_fpn_is_detectron2s_own_but_for_the_papers_norms() -> None:
-    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+def zoo(name: str) -> dict[str, object]:
+    """Load a recipe of Detectron2's own."""
     theirs = get_cfg()
-    theirs.merge_from_file(str(zoo / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_1x.yaml"))
-    ours = load_recipe(CONFIGS / "coco_R50_FPN_1x_supervised.yaml")
-    before, now = flatten(theirs), flatten(ours)
+    folder = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    theirs.merge_from_file(str(folder / f"{name}.yaml"))
+    return flatten(theirs)
+
+
+def test_fpn_is_detectron2s_own_but_for_the_papers_norms() -> None:
+    before = zoo("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x")
+    now = flatten(load_recipe(CONFIGS / "coco_R50_FPN_1x_supervised.yaml"))
     assert {key for key in before if before[key] != now[key]} == {
         *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
         *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
@@ -232,11 +242,8 @@ def test_fpn_is_detectron2s_own_but_for_the_papers_norms() -> None:
 
 
 def test_dilated_c5_is_detectron2s_own_but_for_the_papers_convolution_and_norms() -> None:
-    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
-    theirs = get_cfg()
-    theirs.merge_from_file(str(zoo / "COCO-Detection" / "faster_rcnn_R_50_DC5_1x.yaml"))
-    ours = load_recipe(CONFIGS / "voc_R50_C5_24k_supervised.yaml")
-    before, now = flatten(theirs), flatten(ours)
+    before = zoo("COCO-Detection/faster_rcnn_R_50_DC5_1x")
+    now = flatten(load_recipe(CONFIGS / "voc_R50_C5_24k_supervised.yaml"))
     voc = ("DATASETS.", "INPUT.MIN_SIZE_TRAIN", "MODEL.ROI_HEADS.NUM_CLASSES", "SOLVER.")
     changed = {key for key in before if before[key] != now[key] and not key.startswith(voc)}
     assert changed == {
@@ -248,15 +255,44 @@ def test_dilated_c5_is_detectron2s_own_but_for_the_papers_convolution_and_norms(
 
 
 def test_keypoints_are_detectron2s_own_but_for_the_papers_norms_and_its_length() -> None:
-    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
-    theirs = get_cfg()
-    theirs.merge_from_file(str(zoo / "COCO-Keypoints" / "keypoint_rcnn_R_50_FPN_1x.yaml"))
-    ours = load_recipe(CONFIGS / "coco_keypoints_R50_FPN_2x_supervised.yaml")
-    before, now = flatten(theirs), flatten(ours)
+    before = zoo("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x")
+    now = flatten(load_recipe(CONFIGS / "coco_keypoints_R50_FPN_2x_supervised.yaml"))
     assert {key for key in before if before[key] != now[key]} == {
         *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
         *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
         *("SOLVER.STEPS", "SOLVER.MAX_ITER"),
+    }
+
+
+def test_lvis_is_detectron2s_own_but_for_the_papers_norms() -> None:
+    before = zoo("LVISv0.5-InstanceSegmentation/mask_rcnn_R_50_FPN_1x")
+    now = flatten(load_recipe(CONFIGS / "lvis_R50_FPN_1x_supervised.yaml"))
+    assert {key for key in before if before[key] != now[key]} == {
+        *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
+        *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
+    }
+
+
+def test_cityscapes_is_detectron2s_own_but_for_norms_weights_and_masks() -> None:
+    before = zoo("Cityscapes/mask_rcnn_R_50_FPN")
+    now = flatten(load_recipe(CONFIGS / "cityscapes_R50_FPN_24k_supervised.yaml"))
+    assert {key for key in before if before[key] != now[key]} == {
+        *("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
+        *("TEST.PRECISE_BN.ENABLED", "MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"),
+        *("INPUT.MASK_FORMAT", "TEST.EVAL_PERIOD"),
+    }
+    assert now["INPUT.MASK_FORMAT"] == "bitmask"
+
+
+@pytest.mark.parametrize("file", FROZEN, ids=lambda file: file.stem)
+def test_a_frozen_recipe_differs_in_its_norms_alone(file: Path) -> None:
+    tuned = flatten(load_recipe(file.with_stem(file.stem.removesuffix("_frozenBN"))))
+    frozen = flatten(load_recipe(file))
+    assert {key: frozen[key] for key in tuned if tuned[key] != frozen[key]} == {
+        "MODEL.RESNETS.NORM": "FrozenBN",
+        "MODEL.FPN.NORM": "",
+        "TEST.PRECISE_BN.ENABLED": False,
+        "OUTPUT_DIR": frozen["OUTPUT_DIR"],
     }
 
 

@@ -28,10 +28,19 @@ def test_a_papers_suite_says_without_data_what_is_missing_and_where_it_belongs(n
 
 def test_a_suite_takes_over_the_jobs_and_tables_of_its_bases():
     base, suite = load_suite("detection"), load_suite("moco-v1")
-    assert [job.name for job in suite.jobs] == [*(job.name for job in base.jobs), "linear/moco"]
+    names = [job.name for job in suite.jobs]
+    assert names[: len(base.jobs)] == [job.name for job in base.jobs]
+    assert names[-1] == "linear/moco"
     assert suite.title != base.title
-    assert set(suite.tables) == {*base.tables, "v1 Table 1"}
+    assert set(suite.tables) > {*base.tables, "v1 Table 1"}
     assert suite.costs == base.costs
+
+
+def test_lvis_and_cityscapes_are_measured_from_every_start_and_lvis_with_frozen_norms_too():
+    names = {job.name for job in load_suite("moco-v1").jobs}
+    for init in ("moco", "supervised", "random"):
+        assert {f"lvis-1x/{init}", f"lvis-2x/{init}", f"cityscapes-24k/{init}"} <= names
+    assert {"lvis-1x/frozen", "lvis-2x/frozen"} <= names
 
 
 def test_voc_is_five_trials_of_each_start():

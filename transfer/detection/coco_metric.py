@@ -125,18 +125,14 @@ def measure(
     Raises:
         UserError: an annotation lacks what this kind compares.
     """
-    library, judge = _library(evaluator)
     with redirect_stdout(io.StringIO()):
-        known = _index(library, {**truth, "annotations": _annotations(truth, kind)})
-        found = _results(library, known, truth, detections, kind)
+        judge, known, found = indexed(truth, detections, kind, evaluator)
         judged = judge(known, found, kind)
         if len(sigmas):
             judged.params.kpt_oks_sigmas = np.array(sigmas)
         judged.evaluate()
         judged.accumulate()
-        precision = np.asarray(judged.eval["precision"], float)
-        precision[precision == _ONE_OF_ONE] = 1.0
-        judged.eval["precision"] = precision
+        precision = judged.eval["precision"] = exact(judged.eval["precision"])
         judged.summarize()
     names = {category["id"]: category["name"] for category in truth["categories"]}
     return Measured(
@@ -145,6 +141,26 @@ def measure(
         recall=np.asarray(judged.eval["recall"], float),
         classes=tuple(str(names[i]) for i in judged.params.catIds),
     )
+
+
+def indexed(
+    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: str, evaluator: str
+) -> tuple[Any, Any, Any]:
+    """Return a library's evaluation class, and truth and detections as it wants them.
+
+    Raises:
+        UserError: an annotation lacks what this kind compares.
+    """
+    library, judge = _library(evaluator)
+    known = _index(library, {**truth, "annotations": _annotations(truth, kind)})
+    return judge, known, _results(library, known, truth, detections, kind)
+
+
+def exact(precision: Any) -> Floats:
+    """Return precisions with the one of one right detection of one as what it is."""
+    found = np.asarray(precision, float)
+    found[found == _ONE_OF_ONE] = 1.0
+    return found
 
 
 def _library(evaluator: str) -> tuple[Any, Any]:

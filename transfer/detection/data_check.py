@@ -31,6 +31,8 @@ PUBLISHED = {
     "coco_2017_val": 5000,
     "keypoints_coco_2017_train": 118287,  # of which 64115 show a person
     "keypoints_coco_2017_val": 5000,
+    "cityscapes_fine_instance_seg_train": 2975,
+    "cityscapes_fine_instance_seg_val": 500,
 }
 ORIENTATION = 0x0112  # EXIF; Detectron2 turns an image as this tag says
 TURNED = (5, 6, 7, 8)  # by a quarter: width and height change places

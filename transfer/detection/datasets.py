@@ -1,10 +1,10 @@
 """Detection data: names -> files -> records, checked before anything heavy begins.
 
-Three kinds of names stand in DATASETS.TRAIN and DATASETS.TEST. Detectron2 knows COCO and VOC by
-name, below the folder in `DETECTRON2_DATASETS`. The embedded scenes have four names of their own;
-they are built when one of them is asked for. And a name that is a path is one's own set: a COCO
-file and its image folder, `annotations.json:images/`, or a folder in VOC's layout and one of its
-lists, `VOC2007:trainval`; its classes are read from it.
+Three kinds of names stand in DATASETS.TRAIN and DATASETS.TEST. Detectron2 knows COCO, VOC, LVIS and
+Cityscapes by name, below the folder in `DETECTRON2_DATASETS`. The embedded scenes have names of
+their own; they are built when one of them is asked for. And a name that is a path is one's own set:
+a COCO file and its image folder, `annotations.json:images/`, or a folder in VOC's layout and one of
+its lists, `VOC2007:trainval`; its classes are read from it.
 
 Detectron2 is imported only inside functions, so that everything else works without it.
 """
@@ -27,7 +27,8 @@ from pretrain import figures
 from pretrain.embedded import CATEGORY, embedded_root
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
-COCO, VOC = "coco", "pascal_voc"  # as Detectron2 calls the two layouts
+COCO, VOC = "coco", "pascal_voc"  # as Detectron2 calls the layouts
+LVIS, CITYSCAPES = "lvis", "cityscapes_instance"
 SUFFIXES = (".jpg", ".jpeg", ".JPG", ".JPEG", ".png", ".PNG")  # of a VOC folder's images
 
 # name -> (kind, split of its layout)
@@ -36,6 +37,10 @@ EMBEDDED = {
     "embedded_coco_val": (COCO, "val2017"),
     "embedded_voc_trainval": (VOC, "trainval"),
     "embedded_voc_test": (VOC, "test"),
+    "embedded_lvis_train": (LVIS, "train"),
+    "embedded_lvis_val": (LVIS, "val"),
+    "embedded_cityscapes_train": (CITYSCAPES, "train"),
+    "embedded_cityscapes_val": (CITYSCAPES, "val"),
 }
 # Drawn figures with keypoints, in COCO's layout: name -> split
 FIGURES = {"embedded_keypoints_train": "train2017", "embedded_keypoints_val": "val2017"}
@@ -44,6 +49,8 @@ ORIGINS = {
     COCO: "download train2017, val2017 and annotations from cocodataset.org into coco/",
     VOC: "download VOCtrainval and VOCtest from host.robots.ox.ac.uk/pascal/VOC, they unpack to "
     "VOCdevkit/VOC2007 and VOCdevkit/VOC2012",
+    LVIS: "download its annotations from lvisdataset.org into lvis/; images are COCO's, in coco/",
+    CITYSCAPES: "download leftImg8bit and gtFine from cityscapes-dataset.com into cityscapes/",
 }
 OWN = "name one's own as annotations.json:images/ or as VOCFOLDER:LIST"
 
@@ -170,7 +177,9 @@ def register(names: Sequence[str] = ()) -> None:
         if name in DatasetCatalog.list():
             continue
         DatasetCatalog.register(name, _loader(name, kind, split))
-        MetadataCatalog.get(name).set(evaluator_type=kind, thing_classes=[CATEGORY])
+        MetadataCatalog.get(name).set(evaluator_type=kind)
+        if kind in (COCO, VOC):
+            MetadataCatalog.get(name).set(thing_classes=[CATEGORY])
         if kind == VOC:  # 2007 selects the 11-point metric that the papers report
             MetadataCatalog.get(name).set(year=2007, split=split)
     for name, split in FIGURES.items():
@@ -233,7 +242,7 @@ def missing_files(names: Sequence[str]) -> list[str]:
         if own_source(name) is not None:
             lines.append(f"{name}: {lost} is missing; {OWN}")
             continue
-        origin = ORIGINS[COCO if meta.get("json_file") else VOC]
+        origin = ORIGINS.get(meta.get("evaluator_type"), ORIGINS[COCO])
         lines.append(
             f"{name}: {lost} is missing; set {ROOT_VARIABLE} (now "
             f"'{os.environ.get(ROOT_VARIABLE, 'datasets')}') to the folder that holds it, "
@@ -303,6 +312,10 @@ def read(name: str) -> Reading:
     if meta.get("dirname") and meta.get("split") is not None:
         return _read_voc(name, Path(meta.dirname), meta.split, own_source(name) is not None)
     try:
+        if meta.get("evaluator_type") == LVIS:
+            return _read_lvis(name)
+        if meta.get("evaluator_type") == CITYSCAPES:
+            return _read_cityscapes(name)
         with _warnings() as notes:
             dicts = DatasetCatalog.get(name)
     # What Detectron2 and pycocotools raise on a file that is not as they want it has no list.
@@ -488,6 +501,34 @@ def _voc_record(
     }
 
 
+def _read_lvis(name: str) -> Reading:
+    """Read an LVIS file; an embedded one says where it lies when it is read first."""
+    from detectron2.data import MetadataCatalog
+
+    from transfer.detection import lvis_sets
+
+    meta = MetadataCatalog.get(name)
+    if name in EMBEDDED:
+        file = embedded_root() / "lvis" / f"lvis_v0.5_{EMBEDDED[name][1]}.json"
+        meta.set(json_file=str(file), image_root=str(embedded_root() / "coco"))
+    dicts, classes, faults = lvis_sets.read(Path(meta.json_file), Path(meta.image_root))
+    lines = [f"{meta.json_file}: {line}" for line in faults]
+    return Reading(name, dicts, classes, tuple(lines or ([] if dicts else ["it lists no images"])))
+
+
+def _read_cityscapes(name: str) -> Reading:
+    from detectron2.data import MetadataCatalog
+
+    from transfer.detection import cityscapes_sets
+
+    meta = MetadataCatalog.get(name)
+    if name in EMBEDDED:
+        root, split = embedded_root() / "cityscapes", EMBEDDED[name][1]
+        meta.set(image_dir=str(root / "leftImg8bit" / split), gt_dir=str(root / "gtFine" / split))
+    dicts, faults = cityscapes_sets.read(Path(meta.image_dir), Path(meta.gt_dir))
+    return Reading(name, dicts, cityscapes_sets.CLASSES, faults)
+
+
 def _classes(name: str) -> tuple[str, ...]:
     """Read the classes of one's own set: a COCO file's by id, a VOC folder's by the alphabet.
 
@@ -555,7 +596,10 @@ def _loader(name: str, kind: str, split: str) -> Callable[[], list[dict[str, Any
         MetadataCatalog.get(name).set(dirname=str(embedded_root() / "VOC2007"))
         return read(name).dicts
 
-    return {COCO: load_coco, VOC: load_voc}[kind]
+    def load_other() -> list[dict[str, Any]]:
+        return read(name).dicts
+
+    return {COCO: load_coco, VOC: load_voc}.get(kind, load_other)
 
 
 def _wanted_paths(meta: Any) -> list[Path]:
@@ -566,4 +610,6 @@ def _wanted_paths(meta: Any) -> list[Path]:
         folder = Path(meta.dirname)
         listing = [folder / "ImageSets" / "Main" / f"{meta.split}.txt"] if meta.split else []
         return [*listing, folder / "Annotations", folder / "JPEGImages"]
+    if meta.get("gt_dir"):
+        return [Path(meta.image_dir), Path(meta.gt_dir)]
     return []

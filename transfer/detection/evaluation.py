@@ -1,4 +1,4 @@
-"""What a trained detector is worth: COCO's or VOC's measure, and how well each image came out."""
+"""What a trained detector is worth on its set's measure, and how well each image came out."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,14 @@ from torch import nn
 
 from convert.errors import UserError
 from convert.progress import progress
-from transfer.detection import coco_metric, datasets, voc_metric
+from transfer.detection import (
+    cityscapes_metric,
+    cityscapes_sets,
+    coco_metric,
+    datasets,
+    lvis_metric,
+    voc_metric,
+)
 
 PARTS = ("AP", "AP50", "AP75")
 SCORE = 0.5  # over it a detection counts, and is drawn, when single images are looked at
@@ -74,11 +81,11 @@ def evaluate(cfg: CfgNode, model: nn.Module, test: datasets.Loaded, quiet: bool)
         sampler=InferenceSampler(len(test.dicts)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    collector = _Collector(as_json=kind == datasets.COCO)
+    collector = _Collector(as_json=kind in MEASURES)
     found = inference_on_dataset(model, _Counted(loader, quiet), collector)
     if not comm.is_main_process():
         return Outcome({}, {}, {}, {})
-    measured = (_measure_coco if kind == datasets.COCO else _measure_voc)(cfg, test, found)
+    measured = MEASURES.get(kind, _measure_voc)(cfg, test, found)
     return measured._replace(worth=image_worth(test.dicts, found))
 
 
@@ -95,19 +102,27 @@ def build_mapper(cfg: CfgNode) -> DatasetMapper:
 
 
 def find_task(cfg: CfgNode) -> tuple[str, tuple[str, ...]]:
-    """Return the task's name, and what COCO measures of it (none for VOC).
+    """Return the task's name, and what is measured of it in COCO's words (none for VOC).
 
     Raises:
-        UserError: the set is neither COCO's nor VOC's.
+        UserError: the set has no measure here.
     """
     name = cfg.DATASETS.TEST[0]
     kind, year = datasets.evaluator_type(name)
     if kind == datasets.COCO:
         more = (("segm", cfg.MODEL.MASK_ON), ("keypoints", cfg.MODEL.KEYPOINT_ON))
         return "coco", ("bbox", *(word for word, wanted in more if wanted))
+    if kind == datasets.LVIS:
+        return "lvis", ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    if kind == datasets.CITYSCAPES and cfg.MODEL.MASK_ON:
+        return "cityscapes", ("segm",)
+    if kind == datasets.CITYSCAPES:
+        raise UserError(f"DATASETS.TEST {name}: is measured by masks; set MODEL.MASK_ON True")
     if kind == datasets.VOC:
         return f"voc{year % 100:02d}" if year else "voc", ()
-    raise UserError(f"DATASETS.TEST {name}: is measured as '{kind}', want a COCO or a VOC set")
+    raise UserError(
+        f"DATASETS.TEST {name}: is measured as '{kind}', want a set of COCO, VOC or LVIS"
+    )
 
 
 def check_measurable(cfg: CfgNode, test: datasets.Loaded) -> None:
@@ -163,6 +178,55 @@ def _measure_coco(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -
         outcome.curves.update({f"{word}AP{at}": measured.curve(at / 100) for at in (50, 75)})
     outcome.details.update(per_class=per_class, per_size_and_recall=per_size)
     return outcome
+
+
+def _measure_lvis(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -> Outcome:
+    file = Path(MetadataCatalog.get(cfg.DATASETS.TEST[0]).json_file)
+    truth = json.loads(file.read_text(encoding="utf-8"))
+    original = sorted(category["id"] for category in truth["categories"])
+    results = [r | {"category_id": original[r["category_id"]]} for one in found for r in one.json]
+    evaluator = coco_metric.choose(cfg.MOCO.COCO_EVALUATOR)
+    outcome = Outcome({}, {"evaluator": f"LVIS, {coco_metric.version(evaluator)}"}, {}, {})
+    per_class: dict[str, dict[str, float]] = {}
+    per_size: dict[str, float] = {}
+    for kind in find_task(cfg)[1]:
+        measured = lvis_metric.measure(truth, results, kind, evaluator)
+        word = f"lvis/{PREFIXES[kind]}"
+        for part, value in measured.percent(kind).items():
+            (outcome.metrics if part in lvis_metric.HEADLINE else per_size)[word + part] = value
+        per_class |= {f"{word}AP": measured.per_class()}
+        outcome.curves.update({f"{word}AP{at}": measured.curve(at / 100) for at in (50, 75)})
+    outcome.details.update(per_class=per_class, per_size_and_recall=per_size)
+    return outcome
+
+
+def _measure_cityscapes(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -> Outcome:
+    files = {image["image_id"]: Path(image["instance_ids_file"]) for image in test.dicts}
+    seen: dict[str, list[cityscapes_metric.Seen]] = {name: [] for name in test.classes}
+    for one in found:
+        ids = cityscapes_sets.read_ids(files[one.image_id])
+        for place, name in enumerate(test.classes):
+            own = [entry for entry in one.json if entry["category_id"] == place]
+            masks, scores = [e["segmentation"] for e in own], [e["score"] for e in own]
+            label = cityscapes_sets.THINGS[place]
+            seen[name].append(cityscapes_metric.look(ids, label, masks, scores))
+    by_class = {name: cityscapes_metric.curves(images) for name, images in seen.items()}
+    lines = {name: own for name, own in by_class.items() if own is not None}
+    table = {name: 100 * np.array([one.area() for one in own]) for name, own in lines.items()}
+    means = np.mean(list(table.values()), axis=0)
+    word = "cityscapes/mask_AP"
+    details = {
+        "evaluator": "Cityscapes, by its definition",
+        "per_class": {
+            word: {name: float(values.mean()) for name, values in table.items()},
+            f"{word}50": {name: float(values[0]) for name, values in table.items()},
+        },
+    }
+    drawn = {
+        f"{word}{at}": np.mean([own[(at - 50) // 5].at(RECALLS) for own in lines.values()], axis=0)
+        for at in (50, 75)
+    }
+    return Outcome({word: float(means.mean()), f"{word}50": float(means[0])}, details, drawn, {})
 
 
 def _measure_voc(cfg: CfgNode, test: datasets.Loaded, found: Sequence[Found]) -> Outcome:
@@ -297,3 +361,10 @@ class _Counted:
 
     def __iter__(self) -> Iterator[Any]:
         return progress(self._loader, len(self), "evaluation", "image", quiet=hidden(self._quiet))
+
+
+MEASURES = {  # of detections as COCO's results
+    datasets.COCO: _measure_coco,
+    datasets.LVIS: _measure_lvis,
+    datasets.CITYSCAPES: _measure_cityscapes,
+}

@@ -30,7 +30,15 @@ from convert import released
 from convert.errors import Stopped, UserError
 from convert.facts import EXTRA_KEY
 from convert.files import output_folder, write_text
-from transfer.detection import checkpoint, data_check, datasets, keypoints, memory, recipes
+from transfer.detection import (
+    checkpoint,
+    data_check,
+    datasets,
+    dense_pose,
+    keypoints,
+    memory,
+    recipes,
+)
 from transfer.detection.album import take_pictures
 from transfer.detection.evaluation import SCORE, Outcome, check_measurable, evaluate, find_task
 from transfer.detection.pictures import draw_curves, draw_detections
@@ -100,6 +108,7 @@ def prepare(
         UserError: weights or data are missing, the output folder holds another run, the batch does
             not divide over the processes.
     """
+    dense_pose.refuse_to_train(cfg, recipe)
     processes = num_gpus * num_machines
     said = recipes.scale_to_gpus(cfg, processes) if scale_to_gpus else []
     recipes.images_at_once(cfg, processes)

@@ -22,7 +22,7 @@ from detectron2.engine import DefaultTrainer
 from convert.errors import UserError, nearest
 from convert.files import detectron2_version
 from pretrain.config import layers
-from transfer.detection import coco_metric, datasets, voc_metric
+from transfer.detection import coco_metric, datasets, dense_pose, voc_metric
 from transfer.results import name_recipe
 
 DETECTRON2_OUTPUT = "./output"  # Detectron2's default, where our link to the weights lives
@@ -265,6 +265,8 @@ def _walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _merge_file(cfg: CfgNode, file: Path) -> None:
     """Merge a recipe's bases, then itself; whatever is wrong is blamed on the right file."""
     for layer, content in layers(file):
+        if any("DENSEPOSE" in key for key in dict(_walk(content))):
+            dense_pose.add_keys(cfg, f"recipe {layer}")
         _check_keys(cfg, dict(_walk(content)), f"recipe {layer}")
         if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise UserError(f"recipe {layer}: VERSION is {content['VERSION']}, want {cfg.VERSION}")
