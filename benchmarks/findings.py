@@ -64,6 +64,17 @@ class Findings:
     pictures: dict[str, Path] = field(default_factory=dict)
     holes: list[str] = field(default_factory=list)
 
+    def place(self, name: str) -> tuple[str, str, int]:
+        """Take a job's name apart: its task, its row (INIT), and which trial it is."""
+        stem, _, seed = name.partition(".seed")
+        if not seed.isdigit():
+            task, _, init = name.partition("/")
+            return task, init, 0
+        known = ("moco", "random", "supervised", *self.suite.get("checkpoints", {}))
+        inits = [init for init in known if stem.endswith(f".{init}")]
+        init = max(inits, key=len, default=stem.rpartition(".")[2])
+        return stem.removesuffix(f".{init}"), init, int(seed)
+
     @cached_property
     def standings(self) -> Standings:
         """The records as a table."""

@@ -284,7 +284,7 @@ def test_numbers_by_class_are_drawn_where_a_record_has_them(folder):
     details = {"per_class": {"AP": {"cat": 60.0, "<b>dog</b>": 40.0}}}
     put(folder / "voc/moco/results.json", record("voc", 0.0) | {"details": details})
     html = page(folder)
-    assert "embedded_voc_R50_C4: AP of each class." in html
+    assert "Faster R-CNN R50-C4, embedded scenes, VOC layout: AP of each class." in html
     figure = (folder / "figures/classes_embedded_voc_R50_C4.svg").read_text()
     assert "cat" in figure
     assert "<b>dog" not in figure + html
