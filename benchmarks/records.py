@@ -135,6 +135,19 @@ def read_record(file: Path) -> Record:
     )
 
 
+def pooled(records: Iterable[Record]) -> dict[int, dict[str, float]]:
+    """Put the seeds of records together that are one row under one protocol.
+
+    Returns:
+        Seed -> metrics; of a seed that was run twice the later record's.
+    """
+    seeds: dict[int, dict[str, float]] = {}
+    for record in records:
+        for seed, metrics in record.per_seed.items():
+            seeds[seed] = seeds.get(seed, {}) | dict(metrics)
+    return dict(sorted(seeds.items()))
+
+
 def recipe_stem(name: str) -> str:
     """Return a recipe's name without what it starts from: `voc_R50_C4_24k_moco` without `_moco`."""
     head, _, last = name.rpartition("_")

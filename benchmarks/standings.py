@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from benchmarks.literature import Printed, counterpart, printed_rows
-from benchmarks.records import RANDOM, Record, differing_keys
+from benchmarks.records import RANDOM, Record, differing_keys, pooled
 from benchmarks.trials import Comparison, Spread, compare, summarise
 
 HEADLINES = (
@@ -152,19 +152,20 @@ def _rows(
     records: list[Record], columns: list[Column], labels: Mapping[str, str]
 ) -> list[Standing]:
     rows: dict[str, Standing] = {}
-    places = {(column.recipe, column.group, column.metric): column for column in columns}
+    evaluations: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
-        row = rows.get(record.row)
-        if row is None:
+        if record.row not in rows:
             label = labels.get(record.row) or _label(record)
-            row = rows[record.row] = Standing(record.row, label, record.method)
-        for metric in record.metrics:
-            column = places[record.recipe, record.group, metric]
-            cell = row.cells.setdefault(column, Cell({}, []))
-            cell.values |= {s: v[metric] for s, v in record.per_seed.items() if metric in v}
-            cell.records.append(record)
-    for row in rows.values():
-        for column, cell in row.cells.items():
+            rows[record.row] = Standing(record.row, label, record.method)
+        evaluations.setdefault((record.row, record.recipe, record.group), []).append(record)
+    places = {(column.recipe, column.group, column.metric): column for column in columns}
+    for (row, recipe, group), own in evaluations.items():
+        seeds = pooled(own)
+        for metric in dict.fromkeys(metric for record in own for metric in record.metrics):
+            column = places[recipe, group, metric]
+            values = {seed: found[metric] for seed, found in seeds.items() if metric in found}
+            cell = Cell(values, [record for record in own if metric in record.metrics])
+            rows[row].cells[column] = cell
             _put_beside(column, cell)
     return sorted(rows.values(), key=lambda row: row.key == RANDOM)
 
