@@ -315,6 +315,7 @@ table.numbers td, table.numbers thead tr:not(.groups) th:not(:first-child) { tex
 table.numbers th[scope=row] { min-width:178px; }
 table.numbers th, table.numbers td { padding:5px 7px; }
 table:not(.numbers) th[scope=row] { min-width:150px; width:210px; }
+table:not(.numbers) td { min-width:120px; }
 table small { color:var(--soft); font-weight:400; }
 td.near small { color:var(--soft); } td.above small { color:var(--blue); font-weight:600; }
 td.below small { color:var(--below); font-weight:600; } td.reduced small { color:var(--warn); }

@@ -2,8 +2,8 @@
 
 Nothing here fails on a hole: a job that was not run, or a file that is broken, is named in
 `Findings.holes` and left out. Jobs are known by what they wrote: `run.json` or `log.jsonl` is a
-pretraining, `certificate.json` a conversion, `results.json` an evaluation, `metrics.json`
-Detectron2's training curve, `detections.png` a picture.
+pretraining (unless it is an evaluation, TASK/INIT), `certificate.json` a conversion, `results.json`
+an evaluation, `metrics.json` Detectron2's training curve, `detections.png` a picture.
 """
 
 import json
@@ -106,7 +106,9 @@ def _add_job(findings: Findings, job: dict[str, Any]) -> None:
     if state not in ENDED_WELL:
         reason = f" ({job['reason']})" if job.get("reason") else ""
         findings.holes.append(f"not run: {name}: {state}{reason}")
-    if (folder / "log.jsonl").exists() or (folder / "run.json").exists():
+    # An evaluation, TASK/INIT, may log its training too.
+    logged = (folder / "log.jsonl").exists() or (folder / "run.json").exists()
+    if logged and "/" not in name:
         findings.pretraining = _pretraining(folder)
     if (folder / "metrics.json").exists():
         findings.curves[name] = _curve(folder / "metrics.json", "iteration", "total_loss")

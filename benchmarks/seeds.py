@@ -6,12 +6,14 @@ python benchmarks/seeds.py OUTPUT_DIR seed0/results.json seed1/results.json ...
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from benchmarks.records import Record
 
 if __package__ in (None, ""):  # run as a file: our root, not this folder, comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.records import Record, differing_keys, pooled, read_record
 from convert.errors import Parser, UserError, run_script
 from convert.files import output_folder
 from transfer.results import format_metrics, write_results
@@ -33,6 +35,8 @@ def join(output_dir: Path, files: list[Path]) -> dict[str, Any]:
     Raises:
         UserError: a file is no record, or two differ in protocol, data, checkpoint or metrics.
     """
+    from benchmarks.records import differing_keys, pooled  # torch behind it: --help does not wait
+
     records = [_read(file) for file in files]
     first = records[0]
     for file, record in zip(files, records, strict=True):
@@ -61,7 +65,9 @@ def _refuse(file: Path, other: Path, what: str) -> NoReturn:
     raise UserError(f"{file}: has {what} than {other}; they are not one row")
 
 
-def _read(file: Path) -> Record:
+def _read(file: Path) -> "Record":
+    from benchmarks.records import read_record
+
     try:
         return read_record(file)
     except ValueError as error:

@@ -53,7 +53,7 @@ class Cell:
         values: seed -> number.
         records: what it was read from.
         printed: what the authors printed for such a start, where the two may stand side by side.
-        why_not: why no printed number may stand beside it, though its recipe has some.
+        why_not: why no printed number may stand beside it, though its recipe may have some.
     """
 
     values: dict[int, float]
@@ -183,9 +183,7 @@ def _put_beside(column: Column, cell: Cell) -> None:
         str(start.get("arch") or "resnet50"),
     )
     same_recipe = [row for row in printed_rows() if row.table.recipe == column.recipe]
-    if not same_recipe:
-        return
-    cell.why_not = reduced(record, same_recipe[0].table.test_images)
+    cell.why_not = reduced(record, same_recipe[0].table.test_images if same_recipe else None)
     if row is not None and not cell.why_not:
         cell.printed = row.numbers[column.metric]
 

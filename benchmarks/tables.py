@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from benchmarks import curves, plots
+from benchmarks import plots, sweeps
 from benchmarks.document import Block, Cell, Folded, Line, Mark, Picture, Table, Text
 from benchmarks.literature import Printed
 from benchmarks.records import RANDOM, Record
@@ -13,6 +13,7 @@ from benchmarks.titles import metric_name, recipe_title
 
 WIDE = 16  # columns of numbers that one table takes; beyond it one a recipe, and an overview
 NOTHING = "–"
+OWN = "recipe's own"
 
 
 def table_blocks(standings: Standings) -> list[Block]:
@@ -133,20 +134,20 @@ def curve_blocks(standings: Standings) -> list[Block]:
         records[row.label] = list(own.values())
     kinds = (
         (
-            curves.sensitivity(records),
+            sweeps.sensitivity(records),
             ("learning rate", "held-out top-1, percent"),
             "sensitivity",
             "Linear classifiers of a grid, each at its best weight decay, on training images held "
             "out: how much the choice of a learning rate matters for each feature.",
         ),
         (
-            curves.low_shot(records),
+            sweeps.low_shot(records),
             ("training images a class", "percent"),
             "low_shot",
             "Classifiers of few images a class, mean over draws.",
         ),
         (
-            curves.label_fractions(records),
+            sweeps.label_fractions(records),
             ("share of the labels, percent", "percent"),
             "labels",
             "The same evaluation with a share of the labels; each share may have a recipe, and so "
@@ -304,8 +305,11 @@ def _grey(rows: Mapping[str, Mapping[Column, float]], columns: list[Column]) -> 
 
 def _remarks(standings: Standings) -> list[Block]:
     """Say, once each, why numbers of a recipe stand beside no printed ones."""
+    printed = {row.table.recipe for row in standings.printed}
+    whose = {column: "published" for column in standings.columns if column.recipe in printed}
     said = dict.fromkeys(
-        f"{recipe_title(column.title)}: reduced, not the published protocol ({cell.why_not})"
+        f"{recipe_title(column.title)}: reduced, not the {whose.get(column, OWN)} protocol "
+        f"({cell.why_not})"
         for row in standings.rows
         for column, cell in row.cells.items()
         if cell.why_not

@@ -14,7 +14,7 @@ import pytest
 
 from convert.files import ROOT
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 DETECTOR = {
     "SOLVER.MAX_ITER": "6",

@@ -17,7 +17,7 @@ from convert.names import to_detectron2
 from convert.released import find
 
 SHARED = ROOT.parent / "shared" / "data"  # small photo sets beside the checkout; not ours to commit
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 # As benchmarks/README.md has them.
 OVERRIDES = {

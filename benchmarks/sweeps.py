@@ -1,4 +1,4 @@
-"""Curves that records carry beside their numbers: learning rates, images a class, labels.
+"""Sweeps that records carry beside their numbers: learning rates, images a class, labels.
 
 A curve's name is its checkpoint's, as the tables have it, with what else tells it apart.
 """
