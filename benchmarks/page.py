@@ -60,7 +60,7 @@ def _opening(findings: Findings) -> list[Any]:
     first = _made(findings)
     if standings.recipes:
         ways = "; ".join(recipe_title(recipe) for recipe in standings.recipes)
-        first += f" It was measured by {ways}."
+        first += f" Measured: {ways}."
     if len(standings.rows) > 1 and standings.rows[-1].key == RANDOM:
         first += (
             " Where random initialisation was measured too, it had the same data, schedule and "
@@ -140,7 +140,8 @@ def _tiles(rows: list[Standing], findings: Findings) -> Iterator[Tile]:
             difference = ours.spread.mean - random.spread.mean
             beside = f"random init {_one_line(number(random))}, difference {signed(difference)}"
             name = task_title(column.metric, column.recipe)
-            label = f"{name}, {metric_name(column.metric)}"
+            mark = " (reduced)" if ours.why_not or random.why_not else ""
+            label = f"{name}, {metric_name(column.metric)}{mark}"
             yield Tile(label, _one_line(number(ours)), beside)
 
 

@@ -19,17 +19,35 @@ RECIPES = {
     "finetune_imagenet_10percent": "Fine-tuning, 10% of ImageNet's labels",
     "svm_voc07": "Linear SVMs, VOC07",
 } | TASKS
-_DETECTOR = re.compile(r"(voc|coco)_R50_(C4|C5|FPN)_(?:(4conv1fc)_)?(\w+)")
+KINDS = {
+    "voc": "Faster R-CNN",
+    "coco": "Mask R-CNN",
+    "lvis": "Mask R-CNN",
+    "cityscapes": "Mask R-CNN",
+    "coco_keypoints": "Keypoint R-CNN",
+    "densepose": "DensePose R-CNN",
+}
+DATA = {
+    "voc": "VOC",
+    "coco": "COCO",
+    "lvis": "LVIS",
+    "cityscapes": "Cityscapes",
+    "coco_keypoints": "COCO keypoints",
+    "densepose": "DensePose-COCO",
+    "voc12": "VOC 2012",
+}
+_NETWORK = re.compile(r"([a-z0-9_]+)_R50_(C4|C5|FPN|FCN)_(?:(4conv1fc)_)?(\w+)")
 
 
 def recipe_title(recipe: str) -> str:
     """Name a recipe; `voc_R50_C4_24k [A]` is `Faster R-CNN R50-C4, VOC, 24k [A]`."""
     stem, _, mark = recipe.partition(" [")
     title = RECIPES.get(stem, stem)
-    if found := _DETECTOR.fullmatch(stem):
+    found = _NETWORK.fullmatch(stem)
+    if found and found[1] in DATA:
         data, body, heads, length = found.groups()
-        kind = {"voc": "Faster R-CNN", "coco": "Mask R-CNN"}[data]
-        title = f"{kind} R50-{body}{f' {heads}' if heads else ''}, {data.upper()}, {length}"
+        kind = "FCN R50" if body == "FCN" else f"{KINDS.get(data, data)} R50-{body}"
+        title = f"{kind}{f' {heads}' if heads else ''}, {DATA[data]}, {length.replace('_', ' ')}"
     return f"{title} [{mark}" if mark else title
 
 
