@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.findings import LEARNED, Curve, Pretraining
+from benchmarks.records import RANDOM
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 GREEN, PURPLE = "#009E73", "#AA4499"
@@ -108,11 +109,12 @@ def class_figure(rows: Mapping[str, Mapping[str, float]], measure: str) -> str |
     figure, axes = _figure(1)
     figure.set_size_inches(max(5.4, 0.32 * len(names) + 1.5), 3.8)
     width = 0.8 / len(rows)
-    colours = (BLUE, ORANGE, GREY)
+    others = iter((BLUE, GREEN, PURPLE, GREY) * len(rows))
     for place, (label, values) in enumerate(rows.items()):
         at = [index + (place - (len(rows) - 1) / 2) * width for index in range(len(names))]
         heights = [values.get(name, 0.0) for name in names]
-        axes[0].bar(at, heights, width, color=colours[place % 3], label=_literal(label))
+        colour = ORANGE if label == RANDOM else next(others)
+        axes[0].bar(at, heights, width, color=colour, label=_literal(label))
     ticks = [_literal(name if len(name) <= 18 else f"{name[:17]}…") for name in names]
     axes[0].set_xticks(range(len(names)), ticks, rotation=60, ha="right", fontsize=8)
     axes[0].set_ylabel(f"{measure}, percent")

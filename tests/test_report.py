@@ -282,7 +282,7 @@ def test_the_moving_mean_of_a_line_is_the_line():
 
 
 def test_numbers_by_class_are_drawn_where_a_record_has_them(folder):
-    details = {"per_class": {"AP": {"cat": 60.0, "<b>dog</b>": 40.0}}}
+    details = {"per_class": {"AP": {"cat": 60.0, "<b>dog</b>": 40.0, r"$\frac$": 20.0}}}
     put(folder / "voc/moco/results.json", record("voc", 0.0) | {"details": details})
     html = page(folder)
     assert "Faster R-CNN R50-C4, embedded scenes, VOC layout: AP of each class." in html
