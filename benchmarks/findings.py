@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ def _add_job(findings: Findings, job: dict[str, Any]) -> None:
         findings.pictures[name] = folder / "detections.png"
     if (folder / FILE_NAME).exists():
         try:
-            findings.records[name] = read_record(folder / FILE_NAME)
+            record = read_record(folder / FILE_NAME)
+            findings.records[name] = replace(record, overridden=job.get("reduced") or {})
         except ValueError as error:
             findings.holes.append(f"unreadable: {name}/{FILE_NAME}: {error}")
 

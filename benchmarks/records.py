@@ -37,6 +37,7 @@ class Record:
         protocol: everything that decides the number, flat; the data's listings among it.
         start: what was evaluated: a checkpoint's facts.
         content: the record itself.
+        overridden: settings that a suite's command line overrode, here or in what this was made of.
     """
 
     file: Path
@@ -48,6 +49,7 @@ class Record:
     protocol: Mapping[str, Any]
     start: Mapping[str, Any]
     content: Mapping[str, Any]
+    overridden: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def group(self) -> str:

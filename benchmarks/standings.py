@@ -183,7 +183,9 @@ def _put_beside(column: Column, cell: Cell) -> None:
         str(start.get("arch") or "resnet50"),
     )
     same_recipe = [row for row in printed_rows() if row.table.recipe == column.recipe]
-    cell.why_not = reduced(record, same_recipe[0].table.test_images if same_recipe else None)
+    if same_recipe:
+        cell.why_not = reduced(record, same_recipe[0].table.test_images)
+    cell.why_not = cell.why_not or overridden(cell.records)
     if row is not None and not cell.why_not:
         cell.printed = row.numbers[column.metric]
 
@@ -197,6 +199,14 @@ def reduced(record: Record, test_images: int | None) -> str:
     if test_images is not None and record.test_images != test_images:
         return f"other data: {record.test_images} test images, the published set has {test_images}"
     return ""
+
+
+def overridden(records: Iterable[Record]) -> str:
+    """Say which settings a suite's command line overrode; empty if none."""
+    settings = dict.fromkeys(f"{k} {v}" for record in records for k, v in record.overridden.items())
+    shown = list(settings)[:2]
+    more = f" and {len(settings) - 2} more" if len(settings) > 2 else ""
+    return f"overridden: {', '.join(shown)}{more}" if settings else ""
 
 
 def _label(record: Record) -> str:

@@ -384,9 +384,14 @@ def test_rows_of_the_papers_say_who_fills_them(folder):
     assert "Reduced: 1 of 10 jobs ran with settings of their recipes overridden (epochs 2)" in html
 
 
-def test_a_recipe_that_no_paper_printed_is_marked_too_when_it_was_changed(folder):
-    changed = {"name": "linear_embedded", "changed": {"epochs": [100, 2]}}
+def test_a_number_that_no_paper_printed_is_marked_where_the_suite_overrode_it(folder):
+    changed = {"name": "linear_embedded", "changed": {"bank": ["whole", "90%"]}}  # by its suite
     put(folder / "linear/moco/results.json", record("linear", 0.0) | {"recipe": changed})
+    assert '<td class="reduced"' not in page(folder)
+    suite = json.loads((folder / "suite.json").read_text())
+    for job in suite["jobs"]:
+        job |= {"reduced": {"epochs": "2"}} if job["name"] == "linear/moco" else {}
+    put(folder / "suite.json", suite)
     html = page(folder)
-    assert "reduced, not the recipe&#x27;s own protocol (changed: epochs is 2" in html
+    assert "reduced, not the recipe&#x27;s own protocol (overridden: epochs 2)" in html
     assert html.count('<td class="reduced"') == 2
