@@ -13,6 +13,7 @@ from benchmarks.records import RANDOM
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 GREEN, PURPLE = "#009E73", "#AA4499"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+OTHERS = (PURPLE, "#56B4E9", "#E69F00", GREY)  # of rows that have no colour of their own
 STYLES = {
     "moco": (BLUE, "-", "MoCo"),
     "random": (ORANGE, "--", "random init"),
@@ -21,6 +22,7 @@ STYLES = {
 MANY = 40  # classes that a figure of bars takes
 MARKERS = "os^Dv*"
 LINES = 12  # that one figure takes
+ABREAST = 2  # panels: beyond that their letters are too small on a page
 
 
 def pretraining_figure(found: Pretraining) -> str | None:
@@ -50,7 +52,7 @@ def detector_figure(tasks: Mapping[str, Mapping[str, list[Curve]]]) -> str | Non
         return None
     figure, axes = _figure(len(drawn))
     for axis, (title, inits) in zip(axes, drawn.items(), strict=True):
-        others = iter(COLOURS[2:] * len(inits))
+        others = iter(OTHERS * len(inits))
         for init, curves in inits.items():
             colour, style, label = STYLES.get(init) or (next(others), ":", init)
             for place, curve in enumerate(filter(None, curves)):
@@ -158,8 +160,13 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.4 * panels, 3.5), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    columns = min(panels, ABREAST)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(5.4 * columns, 3.5 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[panels:]:
+        axis.remove()
+    axes = axes[:panels]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
