@@ -22,6 +22,8 @@ HEADLINES = (
     "knn20/top1",
     "voc07_svm/mAP",
 )
+# Of several changed keys the one that a reader should hear of first.
+LENGTHS = ("SOLVER.MAX_ITER", "iterations", "epochs")
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ def _put_beside(column: Column, cell: Cell) -> None:
 def reduced(record: Record, test_images: int | None) -> str:
     """Say what keeps a record from standing beside printed numbers; empty if nothing does."""
     if record.changed:
-        first, (own, ours) = next(iter(record.changed.items()))
+        first = next((key for key in LENGTHS if key in record.changed), next(iter(record.changed)))
+        own, ours = record.changed[first]
         more = f" and {len(record.changed) - 1} more" if len(record.changed) > 1 else ""
         return f"changed: {first} is {ours}, the recipe's is {own}{more}"
     if test_images is not None and record.test_images != test_images:
