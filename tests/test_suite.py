@@ -260,10 +260,14 @@ def test_a_failed_job_is_tried_again_by_the_next_call(work, write, run, out, tmp
 def test_a_failed_job_is_tried_once_more_in_the_same_call(write, run, out, tmp_path):
     script = tmp_path / "flaky.py"
     script.write_text(
-        "import sys, pathlib; seen = pathlib.Path(sys.argv[1]); bad = not seen.exists();"
+        "import json, sys, pathlib; seen = pathlib.Path(sys.argv[1]); bad = not seen.exists();"
+        "record = pathlib.Path(sys.argv[2]) / '../jobs/flaky.json';"
+        "assert json.loads(record.read_text())['reason'] == '';"  # an earlier attempt's is over
         "seen.touch(); print('out of luck'); sys.exit(bad)"
     )
-    suite = write({"flaky": {"command": f"python {shlex.quote(str(script))} {tmp_path}/seen"}})
+    suite = write(
+        {"flaky": {"command": f"python {shlex.quote(str(script))} {tmp_path}/seen {{output}}"}}
+    )
     done = run(suite)
     assert done.returncode == 0
     assert "retry   flaky: status 1: out of luck; it is tried once more" in done.stdout
