@@ -289,7 +289,7 @@ CSS = """
 body { margin:0; background:var(--page); color:var(--ink);
   font:16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width:1140px; margin:0 auto; padding:32px 24px 64px; }
-h1 { font-size:30px; line-height:1.2; margin:0 0 12px; }
+h1 { font-size:30px; line-height:1.2; margin:0 0 12px; overflow-wrap:anywhere; }
 h2 { font-size:21px; margin:44px 0 10px; padding-top:14px; border-top:1px solid var(--line); }
 p { margin:10px 0; max-width:86ch; overflow-wrap:anywhere; }
 p.lede { font-size:18px; } p.note { color:var(--soft); font-size:14.5px; }
@@ -315,6 +315,7 @@ table.numbers td, table.numbers thead tr:not(.groups) th:not(:first-child) { tex
 table.numbers th[scope=row] { min-width:178px; }
 table.numbers th, table.numbers td { padding:5px 7px; }
 table:not(.numbers) th[scope=row] { min-width:150px; width:210px; }
+table:not(.numbers) td { min-width:120px; }
 table small { color:var(--soft); font-weight:400; }
 td.near small { color:var(--soft); } td.above small { color:var(--blue); font-weight:600; }
 td.below small { color:var(--below); font-weight:600; } td.reduced small { color:var(--warn); }
@@ -340,6 +341,9 @@ pre { background:var(--panel); border:1px solid var(--line); border-radius:8px; 
 details { margin:14px 0; } summary { cursor:pointer; color:var(--blue); font-size:14.5px; }
 code { font-size:.88em; background:var(--panel); padding:1px 4px; border-radius:4px; }
 td code { background:none; padding:0; }
+@media (max-width:600px) { main { padding:20px 16px 40px; } h1 { font-size:24px; }
+  table.numbers th[scope=row] { min-width:120px; }
+  table:not(.numbers) th[scope=row] { min-width:110px; width:110px; } }
 @media print { nav, .tools { display:none; } main { max-width:none; padding:0; }
   pre { white-space:pre-wrap; }
   section { break-inside:avoid-page; } .wide { overflow:visible; } }

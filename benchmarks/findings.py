@@ -2,15 +2,15 @@
 
 Nothing here fails on a hole: a job that was not run, or a file that is broken, is named in
 `Findings.holes` and left out. Jobs are known by what they wrote: `run.json` or `log.jsonl` is a
-pretraining, `certificate.json` a conversion, `results.json` an evaluation, `metrics.json`
-Detectron2's training curve, `detections.png` a picture.
+pretraining (unless it is an evaluation, TASK/INIT), `certificate.json` a conversion, `results.json`
+an evaluation, `metrics.json` Detectron2's training curve, `detections.png` a picture.
 """
 
 import json
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,17 @@ class Findings:
     pictures: dict[str, Path] = field(default_factory=dict)
     holes: list[str] = field(default_factory=list)
 
+    def place(self, name: str) -> tuple[str, str, int]:
+        """Take a job's name apart: its task, its row (INIT), and which trial it is."""
+        stem, _, seed = name.partition(".seed")
+        if not seed.isdigit():
+            task, _, init = name.partition("/")
+            return task, init, 0
+        known = ("moco", "random", "supervised", *self.suite.get("checkpoints", {}))
+        inits = [init for init in known if stem.endswith(f".{init}")]
+        init = max(inits, key=len, default=stem.rpartition(".")[2])
+        return stem.removesuffix(f".{init}"), init, int(seed)
+
     @cached_property
     def standings(self) -> Standings:
         """The records as a table."""
@@ -95,7 +106,9 @@ def _add_job(findings: Findings, job: dict[str, Any]) -> None:
     if state not in ENDED_WELL:
         reason = f" ({job['reason']})" if job.get("reason") else ""
         findings.holes.append(f"not run: {name}: {state}{reason}")
-    if (folder / "log.jsonl").exists() or (folder / "run.json").exists():
+    # An evaluation, TASK/INIT, may log its training too.
+    logged = (folder / "log.jsonl").exists() or (folder / "run.json").exists()
+    if logged and "/" not in name:
         findings.pretraining = _pretraining(folder)
     if (folder / "metrics.json").exists():
         findings.curves[name] = _curve(folder / "metrics.json", "iteration", "total_loss")
@@ -109,7 +122,8 @@ def _add_job(findings: Findings, job: dict[str, Any]) -> None:
         findings.pictures[name] = folder / "detections.png"
     if (folder / FILE_NAME).exists():
         try:
-            findings.records[name] = read_record(folder / FILE_NAME)
+            record = read_record(folder / FILE_NAME)
+            findings.records[name] = replace(record, overridden=job.get("reduced") or {})
         except ValueError as error:
             findings.holes.append(f"unreadable: {name}/{FILE_NAME}: {error}")
 

@@ -2,10 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.document import Block, Document, Line, Picture, Section, Table, Text
+from benchmarks.document import Block, Document, Picture, Section, Text
 from benchmarks.records import Record, Registry
 from benchmarks.standings import Standings
-from benchmarks.tables import command_blocks, row_name, seeds_blocks, table_blocks
+from benchmarks.tables import (
+    card_blocks,
+    command_blocks,
+    curve_blocks,
+    row_name,
+    seeds_blocks,
+    table_blocks,
+)
 
 PICTURES = 24  # a page of thousands stays light
 
@@ -21,39 +28,17 @@ def build_leaderboard(registry: Registry, standings: Standings) -> Document:
         )
     ]
     opening += [Text(hole, "hole") for hole in registry.holes]
+    starts = {row_name(record): record.start for record in registry.records}
     sections = [
         Section("The table", table_blocks(standings)),
         Section("What the seeds can say", seeds_blocks(standings)),
-        Section("The checkpoints", [_cards(registry.records)]),
+        Section("Curves", curve_blocks(standings)),
+        Section("The checkpoints", card_blocks(starts)),
         Section("Pictures", list(_pictures(registry.records))),
         Section("How each number was made", command_blocks(registry.records)),
     ]
     kept = [section for section in sections if section.blocks]
     return Document("MoCo Transfer: checkpoints side by side", opening, kept)
-
-
-def _cards(records: Sequence[Record]) -> Table:
-    """One line a checkpoint: what it is and what it expects of an image."""
-    starts = {record.row: record for record in records}
-    lines = []
-    for record in starts.values():
-        facts = record.start
-        mean, std = facts.get("mean"), facts.get("std")
-        lines.append(
-            Line(
-                [
-                    row_name(record),
-                    record.method,
-                    str(facts.get("arch") or "unknown"),
-                    str(facts.get("epoch") or ""),
-                    f"`{str(facts.get('sha256') or '')[:12]}`",
-                    f"{facts.get('channel_order')}, mean {mean}, std {std}",
-                    str(facts.get("stride_in_1x1")),
-                ]
-            )
-        )
-    head = ["checkpoint", "method", "network", "epoch", "sha256", "pixels", "stride in 1x1"]
-    return Table(head, lines, sortable=True)
 
 
 def _pictures(records: Sequence[Record]) -> Iterator[Block]:

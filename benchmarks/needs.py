@@ -42,15 +42,14 @@ class Placed:
     hint: str
 
     def missing(self) -> list[str]:
-        """Say in a line what is missing and where it belongs; nothing where all is there."""
+        """Say in a line all that is missing and where it belongs; nothing where all is there."""
         if self.at is None:
-            return [f"{self.title}: {self.hint}"]
-        at = self.at
-        lost = [file for file in self.files if not (at / file).exists()]
+            return [f"{self.title}: {self.hint}; it must hold {', '.join(self.files)}"]
+        lost = [file for file in self.files if not (self.at / file).exists()]
         if not lost:
             return []
-        more = f" and {len(lost) - 1} more of {len(self.files)}" if len(lost) > 1 else ""
-        return [f"{self.title}: {at / lost[0]} is missing{more}; {self.hint}"]
+        count = f"{len(lost)} of {len(self.files)} missing" if len(self.files) > 1 else "missing"
+        return [f"{self.title}: in {self.at} {count}: {', '.join(lost)}; {self.hint}"]
 
     def fingerprint(self) -> dict[str, int | None]:
         """Return what shows that a set was exchanged: the sizes of its files, not their place."""

@@ -1,6 +1,6 @@
 """What the page says: a suite's findings as a document, for a reader who opens it cold."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import plots
@@ -15,21 +15,22 @@ from benchmarks.document import (
     Tile,
     Tiles,
 )
-from benchmarks.findings import LEARNED, Findings
+from benchmarks.findings import ENDED_WELL, LEARNED, Curve, Findings
 from benchmarks.records import RANDOM
 from benchmarks.standings import Standing
 from benchmarks.tables import (
+    card_blocks,
     command_blocks,
-    metric_name,
+    curve_blocks,
     number,
     row_name,
     seeds_blocks,
     signed,
     table_blocks,
+    trained,
 )
+from benchmarks.titles import metric_name, recipe_title, task_title
 
-SHORT = {"coco": "Mask R-CNN", "voc07": "Faster R-CNN", "linear": "Linear classifier", "knn": "kNN"}
-PICTURES = {"coco": "Mask R-CNN on the COCO layout", "voc": "Faster R-CNN on the VOC layout"}
 V2 = "--mlp --moco-t 0.2 --aug-plus --cos"
 
 
@@ -37,8 +38,11 @@ def build(findings: Findings) -> Document:
     """Write the document of one suite."""
     sections = [
         Section("The table", table_blocks(findings.standings)),
+        Section("Rows of the papers", _paper_rows(findings)),
         Section("What the seeds can say", seeds_blocks(findings.standings)),
         Section("What these numbers are worth", _worth(findings)),
+        Section("Curves", curve_blocks(findings.standings)),
+        Section("The checkpoints", card_blocks(_starts(findings))),
         Section("Pretraining", _pretraining(findings)),
         Section("Conversion", _conversion(findings)),
         Section("Detector training", _detectors(findings)),
@@ -52,14 +56,78 @@ def build(findings: Findings) -> Document:
 
 
 def _opening(findings: Findings) -> list[Any]:
-    first = _made(findings) + (
-        " It was measured in four ways: fine-tuned in two Detectron2 detectors, and frozen under a "
-        "linear classifier and a kNN vote; each number stands beside random initialisation with "
-        "the same data, schedule and budget."
+    standings = findings.standings
+    first = _made(findings)
+    if standings.recipes:
+        ways = "; ".join(recipe_title(recipe) for recipe in standings.recipes)
+        first += f" Measured: {ways}."
+    if len(standings.rows) > 1 and standings.rows[-1].key == RANDOM:
+        first += (
+            " Where random initialisation was measured too, it had the same data, schedule and "
+            "budget."
+        )
+    notes = [Text(text, "hole") for text in ("; ".join(findings.holes), _reduced(findings)) if text]
+    tiles = list(_tiles(standings.rows, findings))
+    return [Text(first, "lede"), *notes, *([Tiles(tiles)] if tiles else [])]
+
+
+def _reduced(findings: Findings) -> str:
+    """Say that settings were overridden, if they were: nothing then compares with a paper."""
+    jobs = [job for job in findings.suite["jobs"] if job.get("reduced")]
+    if not jobs:
+        return ""
+    settings = dict.fromkeys(f"{k} {v}" for job in jobs for k, v in job["reduced"].items())
+    shown = ", ".join(list(settings)[:4])
+    more = f" and {len(settings) - 4} more" if len(settings) > 4 else ""
+    return (
+        f"Reduced: {len(jobs)} of {len(findings.suite['jobs'])} jobs ran with settings of their "
+        f"recipes overridden ({shown}{more}), or from what such a job made. Their numbers compare "
+        "with no printed number."
     )
-    holes = [Text("; ".join(findings.holes), "hole")] if findings.holes else []
-    tiles = list(_tiles(findings.standings.rows, findings))
-    return [Text(first, "lede"), *holes, *([Tiles(tiles)] if tiles else [])]
+
+
+def _paper_rows(findings: Findings) -> list[Any]:
+    """Say which rows of a paper's tables this suite fills, and what the others want."""
+    rows = findings.suite.get("tables") or []
+    states: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for job in findings.suite["jobs"]:
+        if "/" in str(job["name"]):
+            task, init, _ = findings.place(job["name"])
+            states.setdefault((task, init), []).append(job)
+    lines = []
+    for row in rows:
+        facts = ", ".join(f"{key} {value}" for key, value in row["wants"].items())
+        own = [
+            job
+            for (task, init), jobs in states.items()
+            for job in jobs
+            if init == row["by"]
+            and any(task == t or task.startswith(f"{t}-") for t in row["task"].split(", "))
+        ]
+        lines.append(Line([f"{row['table']}, {row['row']}", row["task"], _filled(own), facts]))
+    return [Table(["row", "tasks", "here", "wants"], lines)] if lines else []
+
+
+def _filled(jobs: Sequence[Mapping[str, Any]]) -> str:
+    """Say how far a row of a paper is filled by its jobs."""
+    if not jobs:
+        return "open: wants another checkpoint"
+    done = [job for job in jobs if job["state"] in ENDED_WELL]
+    if not done:
+        return f"open: {jobs[0].get('reason') or jobs[0]['state']}"
+    marks = ["reduced"] if any(job.get("reduced") for job in done) else []
+    marks += [f"{len(done)} of {len(jobs)} tasks"] if len(done) < len(jobs) else []
+    return ", ".join(["filled", *marks])
+
+
+def _starts(findings: Findings) -> dict[str, Mapping[str, Any]]:
+    """Return the facts of each checkpoint that was measured, or at least converted."""
+    found = {row_name(record): record.start for record in findings.records.values()}
+    certificate = findings.certificate or {}
+    facts = certificate.get("facts")
+    if isinstance(facts, dict):
+        found.setdefault(str(facts.get("name")), facts)
+    return found
 
 
 def _tiles(rows: list[Standing], findings: Findings) -> Iterator[Tile]:
@@ -71,9 +139,9 @@ def _tiles(rows: list[Standing], findings: Findings) -> Iterator[Tile]:
         if ours is not None and random is not None:
             difference = ours.spread.mean - random.spread.mean
             beside = f"random init {_one_line(number(random))}, difference {signed(difference)}"
-            task = column.metric.split("/")[0].rstrip("0123456789") or column.metric
-            name = SHORT.get(column.metric.split("/")[0], SHORT.get(task, column.recipe))
-            label = f"{name}, {metric_name(column.metric)}"
+            name = task_title(column.metric, column.recipe)
+            mark = " (reduced)" if ours.why_not or random.why_not else ""
+            label = f"{name}, {metric_name(column.metric)}{mark}"
             yield Tile(label, _one_line(number(ours)), beside)
 
 
@@ -81,7 +149,9 @@ def _made(findings: Findings) -> str:
     """Say in a sentence where the checkpoint came from."""
     found = findings.pretraining
     if found is None:
-        return f"{_name(findings)} was given as a file and converted for Detectron2."
+        converted = " and converted for Detectron2" if findings.certificate else ""
+        several = len(findings.suite.get("checkpoints") or {}) > 1
+        return f"{_name(findings)} {'were' if several else 'was'} given{converted}."
     facts = found.facts
     images = f"{facts['images']:,} images" if isinstance(facts.get("images"), int) else "images"
     took = f" for {_minutes(facts['seconds'])}" if facts.get("seconds") else ""
@@ -91,6 +161,8 @@ def _made(findings: Findings) -> str:
 
 
 def _worth(findings: Findings) -> list[Any]:
+    if not any("embedded" in recipe for recipe in findings.standings.recipes):
+        return []
     took = findings.pretraining and findings.pretraining.facts.get("seconds")
     budget = f"{_minutes(took)} of pretraining on a CPU" if took else "These measurements"
     return [
@@ -116,10 +188,12 @@ def _worth(findings: Findings) -> list[Any]:
 def _pretraining(findings: Findings) -> list[Any]:
     found = findings.pretraining
     if found is None:
-        given = findings.suite.get("given", {}).get("checkpoint")
-        return [
-            Text(f"not run: the checkpoint was given (`{given}`)" if given else "not run", "hole")
-        ]
+        given = findings.suite.get("given") or {}
+        files = ", ".join(f"`{path}`" for path in given.values())
+        what = "checkpoints were" if len(given) > 1 else "checkpoint was"
+        if files:
+            return [Text(f"not run: the {what} given ({files})", "note")]
+        return [Text("not run", "hole")]
     blocks: list[Any] = []
     if found.under_chance is not None:
         verdict = "it learns" if found.under_chance >= LEARNED else "less than wanted"
@@ -158,15 +232,15 @@ def _settings(facts: dict[str, Any]) -> str:
     """Say a pretraining's settings in a line; what its record lacks is left out."""
     parts = [str(facts[key]) for key in ("method", "set") if key in facts]
     parts += [_arch(facts["arch"])] if "arch" in facts else []
-    parts += [f"{facts['images']} images"] if "images" in facts else []
-    names = {"K": "queue length K", "m": "momentum m", "tau": "temperature tau"}
-    parts += [f"{name} = {facts[key]}" for key, name in names.items() if key in facts]
+    parts += [words] if (words := trained((facts.get("config") or {}) | facts)) else []
     parts += [_minutes(facts["seconds"])] if facts.get("seconds") else []
     return ", ".join(parts)
 
 
 def _conversion(findings: Findings) -> list[Any]:
     found = findings.certificate
+    if found is None and not _has_job(findings, "convert"):
+        return []
     if found is None:
         return [Text("not run: there is no certificate", "hole")]
     tensors, proof, pixels = (found.get(key) or {} for key in ("tensors", "proof", "pixels"))
@@ -208,14 +282,32 @@ def _conversion(findings: Findings) -> list[Any]:
 
 
 def _detectors(findings: Findings) -> list[Any]:
-    figure = plots.detector_figure(findings.curves)
+    tasks: dict[str, dict[str, list[Curve]]] = {}
+    for name, curve in findings.curves.items():
+        task, init, _ = findings.place(name)
+        tasks.setdefault(_task(findings, task), {}).setdefault(init, []).append(curve)
+    figure = plots.detector_figure(tasks)
     if figure is None:
-        return [Text("not run: no detector has written a training curve", "hole")]
+        return [Text("not run: no detector has written a training curve", "hole")] * (
+            _has_job(findings, "train_net") or bool(findings.curves)
+        )
     caption = (
-        "Total training loss of the detectors (thin: each logged iteration, thick: moving mean), "
-        "MoCo beside random initialisation, same schedule."
+        "Total training loss of the detectors (thin: each logged iteration, thick: moving mean; a "
+        "line a trial), by what they start from, same schedule."
     )
     return [Picture(figure, "figures/detectors.svg", caption)]
+
+
+def _task(findings: Findings, task: str) -> str:
+    """Name a task by the recipe that its records have followed."""
+    records = findings.records.items()
+    recipes = [record.recipe for name, record in records if findings.place(name)[0] == task]
+    return recipe_title(recipes[0]) if recipes else recipe_title(task)
+
+
+def _has_job(findings: Findings, word: str) -> bool:
+    """Say whether a job of the suite has a word in its command."""
+    return any(word in str(job.get("command")) for job in findings.suite["jobs"])
 
 
 def _classes(findings: Findings) -> list[Any]:
@@ -229,20 +321,29 @@ def _classes(findings: Findings) -> list[Any]:
     for (recipe, measure), rows in tasks.items():
         figure = plots.class_figure(rows, measure)
         if figure is not None and len(next(iter(rows.values()))) > 1:
-            caption = f"{recipe}: {measure} of each class."
+            caption = f"{recipe_title(recipe)}: {measure} of each class."
             blocks.append(Picture(figure, f"figures/classes_{recipe}.svg", caption))
     return blocks
 
 
 def _pictures(findings: Findings) -> list[Any]:
     blocks = []
+    shown: set[tuple[str, str]] = set()
     for name, path in findings.pictures.items():
-        task, _, init = name.partition("/")
-        what = "random initialisation" if init == "random" else f"{_name(findings)}"
-        title = PICTURES.get(task, task)
-        caption = f"{title}, from {what}: validation scenes, ground truth beside detections."
+        task, init, seed = findings.place(name)
+        if (task, init) in shown:
+            continue  # one trial stands for the others
+        shown.add((task, init))
+        starts = {"random": "random initialisation", "moco": _name(findings)}
+        trial = f" (seed {seed})" if ".seed" in name else ""
+        caption = (
+            f"{_task(findings, task)}, from {starts.get(init, init)}{trial}: validation images, "
+            "ground truth beside detections."
+        )
         blocks.append(Picture(path.read_bytes(), str(path.relative_to(findings.root)), caption))
-    return blocks or [Text("not run: no detector has drawn its detections", "hole")]
+    if blocks or not _has_job(findings, "train_net"):
+        return blocks
+    return [Text("not run: no detector has drawn its detections", "hole")]
 
 
 def _next(findings: Findings) -> list[Any]:
@@ -315,8 +416,11 @@ def _one_line(text: str) -> str:
 
 def _name(findings: Findings) -> str:
     found = findings.certificate
+    several = findings.suite.get("checkpoints") or {}
+    if len(several) > 1:
+        return f"{len(several)} checkpoints"
     if found is None:
-        return "a checkpoint"
+        return findings.standings.rows[0].label if findings.standings.rows else "a checkpoint"
     return f"{found.get('source')} ({_method(found)})"
 
 

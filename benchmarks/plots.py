@@ -8,11 +8,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.findings import LEARNED, Curve, Pretraining
+from benchmarks.records import RANDOM
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-STYLES = {"moco": (BLUE, "-", "MoCo"), "random": (ORANGE, "--", "random init")}
+GREEN, PURPLE = "#009E73", "#AA4499"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+OTHERS = (PURPLE, "#56B4E9", "#E69F00", GREY)  # of rows that have no colour of their own
+STYLES = {
+    "moco": (BLUE, "-", "MoCo"),
+    "random": (ORANGE, "--", "random init"),
+    "supervised": (GREEN, "-.", "supervised"),
+}
 MANY = 40  # classes that a figure of bars takes
-TITLES = {"coco": "Mask R-CNN on the COCO layout", "voc": "Faster R-CNN on the VOC layout"}
+MARKERS = "os^Dv*"
+LINES = 12  # that one figure takes
+ABREAST = 2  # panels: beyond that their letters are too small on a page
 
 
 def pretraining_figure(found: Pretraining) -> str | None:
@@ -31,25 +41,57 @@ def pretraining_figure(found: Pretraining) -> str | None:
     return _svg(figure)
 
 
-def detector_figure(curves: dict[str, Curve]) -> str | None:
-    """Draw the detectors' total loss, one panel a task, MoCo beside random init; None if empty."""
-    tasks = list(dict.fromkeys(name.split("/")[0] for name, curve in curves.items() if curve))
-    if not tasks:
+def detector_figure(tasks: Mapping[str, Mapping[str, list[Curve]]]) -> str | None:
+    """Draw the detectors' total loss, one panel a task, what they start from beside each other.
+
+    Args:
+        tasks: title -> INIT -> a curve each trial.
+    """
+    drawn = {title: inits for title, inits in tasks.items() if any(map(any, inits.values()))}
+    if not drawn:
         return None
-    figure, axes = _figure(len(tasks))
-    for axis, task in zip(axes, tasks, strict=True):
-        for name, curve in curves.items():
-            if name.split("/")[0] != task or not curve:
-                continue
-            init = name.split("/")[-1]
-            colour, style, label = STYLES.get(init, (GREY, ":", init))
-            axis.plot(*_xy(curve), color=colour, linewidth=0.7, alpha=0.35)
-            axis.plot(*_xy(smooth(curve)), color=colour, linestyle=style, label=label)
+    figure, axes = _figure(len(drawn))
+    for axis, (title, inits) in zip(axes, drawn.items(), strict=True):
+        others = iter(OTHERS * len(inits))
+        for init, curves in inits.items():
+            colour, style, label = STYLES.get(init) or (next(others), ":", init)
+            for place, curve in enumerate(filter(None, curves)):
+                named = {} if place else {"label": label}
+                axis.plot(*_xy(curve), color=colour, linewidth=0.7, alpha=0.35)
+                axis.plot(*_xy(smooth(curve)), color=colour, linestyle=style, **named)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("iteration")
         axis.set_ylabel("total training loss")
-        axis.set_title(TITLES.get(task, task), loc="left")
+        axis.set_title(title, loc="left", fontsize=10)
         axis.legend(frameon=False)
+    return _svg(figure)
+
+
+def curve_figure(curves: Mapping[str, Curve], x: str, y: str, *, ticks: bool) -> str | None:
+    """Draw curves over a logarithmic axis; of many the first; None if there is none.
+
+    Args:
+        curves: label -> points.
+        x: what stands under the axis.
+        y: what stands beside it.
+        ticks: whether every x is written at the axis, or powers of ten.
+    """
+    if not curves:
+        return None
+    figure, (axis,) = _figure(1)
+    figure.set_size_inches(7.2, 4.0)
+    for place, (label, curve) in enumerate(list(curves.items())[:LINES]):
+        shown = label if len(label) <= 48 else f"{label[:47]}…"
+        marker, colour = MARKERS[place % len(MARKERS)], COLOURS[place % len(COLOURS)]
+        axis.plot(*_xy(curve), color=colour, marker=marker, markersize=4, label=_literal(shown))
+    axis.set_xscale("log")
+    if ticks:
+        places = sorted({point for curve in curves.values() for point, _ in curve})
+        axis.set_xticks(places, [f"{point:g}" for point in places])
+        axis.minorticks_off()
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.legend(frameon=False, fontsize=8)
     return _svg(figure)
 
 
@@ -69,12 +111,13 @@ def class_figure(rows: Mapping[str, Mapping[str, float]], measure: str) -> str |
     figure, axes = _figure(1)
     figure.set_size_inches(max(5.4, 0.32 * len(names) + 1.5), 3.8)
     width = 0.8 / len(rows)
-    colours = (BLUE, ORANGE, GREY)
+    others = iter((BLUE, GREEN, PURPLE, GREY) * len(rows))
     for place, (label, values) in enumerate(rows.items()):
         at = [index + (place - (len(rows) - 1) / 2) * width for index in range(len(names))]
         heights = [values.get(name, 0.0) for name in names]
-        axes[0].bar(at, heights, width, color=colours[place % 3], label=label)
-    ticks = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+        colour = ORANGE if label == RANDOM else next(others)
+        axes[0].bar(at, heights, width, color=colour, label=_literal(label))
+    ticks = [_literal(name if len(name) <= 18 else f"{name[:17]}…") for name in names]
     axes[0].set_xticks(range(len(names)), ticks, rotation=60, ha="right", fontsize=8)
     axes[0].set_ylabel(f"{measure}, percent")
     axes[0].legend(frameon=False)
@@ -117,13 +160,23 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.4 * panels, 3.5), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    columns = min(panels, ABREAST)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(5.4 * columns, 3.5 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[panels:]:
+        axis.remove()
+    axes = axes[:panels]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
         axis.set_axisbelow(True)
     return figure, axes
+
+
+def _literal(text: str) -> str:
+    """Keep a name's dollar signs from being read as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _svg(figure: Any) -> str:

@@ -37,6 +37,7 @@ class Record:
         protocol: everything that decides the number, flat; the data's listings among it.
         start: what was evaluated: a checkpoint's facts.
         content: the record itself.
+        overridden: settings that a suite's command line overrode, here or in what this was made of.
     """
 
     file: Path
@@ -48,6 +49,7 @@ class Record:
     protocol: Mapping[str, Any]
     start: Mapping[str, Any]
     content: Mapping[str, Any]
+    overridden: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -133,6 +135,19 @@ def read_record(file: Path) -> Record:
         start=content.get("checkpoint") or {},
         content=content,
     )
+
+
+def pooled(records: Iterable[Record]) -> dict[int, dict[str, float]]:
+    """Put the seeds of records together that are one row under one protocol.
+
+    Returns:
+        Seed -> metrics; of a seed that was run twice the later record's.
+    """
+    seeds: dict[int, dict[str, float]] = {}
+    for record in records:
+        for seed, metrics in record.per_seed.items():
+            seeds[seed] = seeds.get(seed, {}) | dict(metrics)
+    return dict(sorted(seeds.items()))
 
 
 def recipe_stem(name: str) -> str:

@@ -176,15 +176,22 @@ def filled(suite: Suite, facts: Mapping[str, Mapping[str, Any]]) -> list[dict[st
     Returns:
         For each row: table, row, task, by (a row's name; None: it stays open), wants.
     """
+    told = {row: {**has, **_batch(has)} for row, has in facts.items()}
     found = []
     for table, entries in suite.tables.items():
         for entry, values in entries.items():
             wants = {key: value for key, value in values.items() if key not in ("task", "init")}
             by = values.get("init") or next(
-                (r for r, has in facts.items() if all(has.get(k) == v for k, v in wants.items())),
+                (r for r, has in told.items() if all(has.get(k) == v for k, v in wants.items())),
                 None,
             )
             found.append(
                 {"table": table, "row": entry, "task": values["task"], "by": by, "wants": wants}
             )
     return found
+
+
+def _batch(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch that only checkpoints of our own pretraining tell."""
+    training = facts.get("training") or {}
+    return {"batch": training["batch_size"]} if "batch_size" in training else {}

@@ -208,7 +208,7 @@ class Runner:
             if line := step.prepare():
                 self.board.say(line)
             step.argv = resolve(step, self.steps, self.given, self.place.processes(step))
-            step.state, step.attempts = "running", step.attempts + 1
+            step.state, step.reason, step.attempts = "running", "", step.attempts + 1
             step.remember()
             self.board.changed(step)
         for step, work in zip(steps, self.place.start(steps), strict=True):

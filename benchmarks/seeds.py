@@ -3,11 +3,13 @@
 python benchmarks/seeds.py OUTPUT_DIR seed0/results.json seed1/results.json ...
 """
 
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from benchmarks.records import Record
 
 if __package__ in (None, ""):  # run as a file: our root, not this folder, comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -31,41 +33,45 @@ def join(output_dir: Path, files: list[Path]) -> dict[str, Any]:
     """Write the record of all seeds and return it.
 
     Raises:
-        UserError: a file is no record, or two differ in protocol, checkpoint, data or metrics.
+        UserError: a file is no record, or two differ in protocol, data, checkpoint or metrics.
     """
+    from benchmarks.records import differing_keys, pooled  # torch behind it: --help does not wait
+
     records = [_read(file) for file in files]
     first = records[0]
     for file, record in zip(files, records, strict=True):
-        for key in ("task", "fingerprint", "data"):
-            if record[key] != first[key]:
-                raise UserError(f"{file}: has another {key} than {files[0]}; they are not one row")
-        if list(record["metrics"]) != list(first["metrics"]):
-            raise UserError(f"{file}: has other metrics than {files[0]}; they are not one row")
-        same = record["checkpoint"].get("sha256") == first["checkpoint"].get("sha256")
-        if not same and first["checkpoint"].get("name") != "random":
-            raise UserError(f"{file}: has another checkpoint than {files[0]}; they are not one row")
+        if keys := differing_keys([first, record]):
+            _refuse(file, files[0], f"another {', '.join(list(keys)[:3])}")
+        if record.row != first.row:
+            _refuse(file, files[0], "another checkpoint")
+        if record.metrics.keys() != first.metrics.keys():
+            _refuse(file, files[0], "other metrics")
+    seeds = pooled(records)
+    if len(seeds) < sum(len(record.per_seed) for record in records):
+        raise UserError(f"{files[0]} and those after it: two have the same seed; want one of each")
+    content = first.content
     return write_results(
         output_folder(output_dir),
-        task=first["task"],
-        per_seed=[metrics for record in records for metrics in record["per_seed"]],
-        protocol=first["protocol"],
-        config=first["config"],
-        checkpoint=first["checkpoint"],
-        data=first["data"],
-        recipe=first.get("recipe"),
-        details=first.get("details"),
-        started=time.time() - sum(float(record["seconds"]) for record in records),
+        task=first.task,
+        per_seed=list(seeds.values()),
+        **{key: content[key] for key in ("protocol", "config", "checkpoint", "data")},
+        recipe=content.get("recipe"),
+        details=content.get("details"),
+        started=time.time() - sum(float(record.content["seconds"]) for record in records),
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _refuse(file: Path, other: Path, what: str) -> NoReturn:
+    raise UserError(f"{file}: has {what} than {other}; they are not one row")
+
+
+def _read(file: Path) -> "Record":
+    from benchmarks.records import read_record
+
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if {"task", "fingerprint", "metrics", "per_seed", "protocol", "checkpoint"} <= set(record):
-            return record
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: is no record of an evaluation ({error})") from error
-    raise UserError(f"{file}: is no record of an evaluation")
+        return read_record(file)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from benchmarks.literature import Printed, counterpart, printed_rows
-from benchmarks.records import RANDOM, Record, differing_keys
+from benchmarks.records import RANDOM, Record, differing_keys, pooled
 from benchmarks.trials import Comparison, Spread, compare, summarise
 
 HEADLINES = (
@@ -22,6 +22,8 @@ HEADLINES = (
     "knn20/top1",
     "voc07_svm/mAP",
 )
+# Of several changed keys the one that a reader should hear of first.
+LENGTHS = ("SOLVER.MAX_ITER", "iterations", "epochs")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Cell:
         values: seed -> number.
         records: what it was read from.
         printed: what the authors printed for such a start, where the two may stand side by side.
-        why_not: why no printed number may stand beside it, though its recipe has some.
+        why_not: why no printed number may stand beside it, though its recipe may have some.
     """
 
     values: dict[int, float]
@@ -152,19 +154,20 @@ def _rows(
     records: list[Record], columns: list[Column], labels: Mapping[str, str]
 ) -> list[Standing]:
     rows: dict[str, Standing] = {}
-    places = {(column.recipe, column.group, column.metric): column for column in columns}
+    evaluations: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
-        row = rows.get(record.row)
-        if row is None:
+        if record.row not in rows:
             label = labels.get(record.row) or _label(record)
-            row = rows[record.row] = Standing(record.row, label, record.method)
-        for metric in record.metrics:
-            column = places[record.recipe, record.group, metric]
-            cell = row.cells.setdefault(column, Cell({}, []))
-            cell.values |= {s: v[metric] for s, v in record.per_seed.items() if metric in v}
-            cell.records.append(record)
-    for row in rows.values():
-        for column, cell in row.cells.items():
+            rows[record.row] = Standing(record.row, label, record.method)
+        evaluations.setdefault((record.row, record.recipe, record.group), []).append(record)
+    places = {(column.recipe, column.group, column.metric): column for column in columns}
+    for (row, recipe, group), own in evaluations.items():
+        seeds = pooled(own)
+        for metric in dict.fromkeys(metric for record in own for metric in record.metrics):
+            column = places[recipe, group, metric]
+            values = {seed: found[metric] for seed, found in seeds.items() if metric in found}
+            cell = Cell(values, [record for record in own if metric in record.metrics])
+            rows[row].cells[column] = cell
             _put_beside(column, cell)
     return sorted(rows.values(), key=lambda row: row.key == RANDOM)
 
@@ -182,9 +185,9 @@ def _put_beside(column: Column, cell: Cell) -> None:
         str(start.get("arch") or "resnet50"),
     )
     same_recipe = [row for row in printed_rows() if row.table.recipe == column.recipe]
-    if not same_recipe:
-        return
-    cell.why_not = reduced(record, same_recipe[0].table.test_images)
+    if same_recipe:
+        cell.why_not = reduced(record, same_recipe[0].table.test_images)
+    cell.why_not = cell.why_not or overridden(cell.records)
     if row is not None and not cell.why_not:
         cell.printed = row.numbers[column.metric]
 
@@ -192,12 +195,21 @@ def _put_beside(column: Column, cell: Cell) -> None:
 def reduced(record: Record, test_images: int | None) -> str:
     """Say what keeps a record from standing beside printed numbers; empty if nothing does."""
     if record.changed:
-        first, (own, ours) = next(iter(record.changed.items()))
+        first = next((key for key in LENGTHS if key in record.changed), next(iter(record.changed)))
+        own, ours = record.changed[first]
         more = f" and {len(record.changed) - 1} more" if len(record.changed) > 1 else ""
         return f"changed: {first} is {ours}, the recipe's is {own}{more}"
     if test_images is not None and record.test_images != test_images:
         return f"other data: {record.test_images} test images, the published set has {test_images}"
     return ""
+
+
+def overridden(records: Iterable[Record]) -> str:
+    """Say which settings a suite's command line overrode; empty if none."""
+    settings = dict.fromkeys(f"{k} {v}" for record in records for k, v in record.overridden.items())
+    shown = list(settings)[:2]
+    more = f" and {len(settings) - 2} more" if len(settings) > 2 else ""
+    return f"overridden: {', '.join(shown)}{more}" if settings else ""
 
 
 def _label(record: Record) -> str:

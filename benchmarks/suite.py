@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a file: our root, not this folder, comes
 
 from benchmarks.board import make_board
 from benchmarks.evaluation import Evaluation
-from benchmarks.forecast import forecast, left_open
+from benchmarks.forecast import beforehand, forecast
 from benchmarks.rows import find_rows
 from benchmarks.templates import Override, load_suite
 from benchmarks.watching import watch
@@ -45,9 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.quiet:
         where = evaluation.place.describe()
         print(f"suite {suite.name}: {len(laid.steps)} jobs, {where}, into {evaluation.root}")
-        print(
-            "".join(f"{line}\n" for line in left_open(laid.steps, laid.table)), end="", flush=True
-        )
+        lines = beforehand(laid.steps, laid.table)
+        print("".join(f"{line}\n" for line in lines), end="", flush=True)
     return evaluation.run(laid, make_board(args.quiet))
 
 

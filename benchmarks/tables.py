@@ -1,26 +1,19 @@
 """Standings as tables of a document: ours, the papers' below, and what the seeds can say."""
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
-from benchmarks.document import Block, Cell, Folded, Line, Mark, Table, Text
+from benchmarks import plots, sweeps
+from benchmarks.document import Block, Cell, Folded, Line, Mark, Picture, Table, Text
 from benchmarks.literature import Printed
 from benchmarks.records import RANDOM, Record
 from benchmarks.standings import Cell as Number
 from benchmarks.standings import Column, Standing, Standings
+from benchmarks.titles import metric_name, recipe_title
 
 WIDE = 16  # columns of numbers that one table takes; beyond it one a recipe, and an overview
 NOTHING = "–"
-TITLES = {
-    "embedded_coco_R50_C4": "Mask R-CNN R50-C4, embedded scenes, COCO layout",
-    "embedded_voc_R50_C4": "Faster R-CNN R50-C4, embedded scenes, VOC layout",
-    "linear_embedded": "Linear classifier, embedded digits",
-    "knn_embedded": "kNN, embedded digits",
-    "linear_imagenet": "Linear classifier, ImageNet-1k",
-    "coco": "Mask R-CNN",
-    "voc07": "Faster R-CNN",
-    "linear": "Linear classifier",
-    "knn": "kNN",
-}
+OWN = "recipe's own"
 
 
 def table_blocks(standings: Standings) -> list[Block]:
@@ -74,7 +67,7 @@ def command_blocks(records: Iterable[Record]) -> list[Block]:
         lines.append(
             Line(
                 [
-                    f"{_title(record.recipe)}\n{row_name(record)}",
+                    f"{recipe_title(record.recipe)}\n{row_name(record)}",
                     f"`{content.get('fingerprint')}`",
                     _data(record),
                     f"{content.get('seconds') or 0:.0f}",
@@ -87,16 +80,93 @@ def command_blocks(records: Iterable[Record]) -> list[Block]:
     return [Table(head, lines, sortable=True)] if lines else []
 
 
+def card_blocks(starts: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """Write one line a checkpoint: what it is, how it was made, what it expects of an image.
+
+    Args:
+        starts: name -> a checkpoint's facts, as `convert.facts.Facts.as_dict` has them.
+    """
+    lines = [
+        Line(
+            [
+                name,
+                str(facts.get("method") or "unknown"),
+                str(facts.get("arch") or "unknown"),
+                "" if facts.get("epoch") is None else str(facts["epoch"]),
+                trained(facts.get("training") or {}) or "its file does not say",
+                f"`{str(facts.get('sha256') or '')[:12]}`",
+                f"{facts.get('channel_order')}, mean {facts.get('mean')}, std {facts.get('std')}",
+                "1x1" if facts.get("stride_in_1x1") else "3x3",
+            ]
+        )
+        for name, facts in starts.items()
+        if facts.get("method") != RANDOM
+    ]
+    head = ["checkpoint", "method", "network", "epoch", "pretraining", "sha256", "pixels", "stride"]
+    return [Table(head, lines, sortable=True)] if lines else []
+
+
+def trained(settings: Mapping[str, Any]) -> str:
+    """Say a pretraining's settings in a line, by the papers' symbols; what is unknown is left out.
+
+    Args:
+        settings: of a checkpoint's `training`, or of a run's `run.json`.
+    """
+    names = {
+        "K": "K = {}",
+        "m": "m = {}",
+        "tau": "tau = {}",
+        "augmentation": "augmentation {}",
+        "epochs": "{} epochs planned",
+        "batch_size": "batch {}",
+        "lr": "lr {}",
+        "schedule": "{} schedule",
+        "images": "{:,} images",
+    }
+    return ", ".join(text.format(settings[key]) for key, text in names.items() if key in settings)
+
+
+def curve_blocks(standings: Standings) -> list[Block]:
+    """Draw the curves that records carry: grids of learning rates, low-shot, shares of labels."""
+    records: dict[str, list[Record]] = {}
+    for row in standings.rows:
+        own = {str(r.file): r for cell in row.cells.values() for r in cell.records}
+        records[row.label] = list(own.values())
+    kinds = (
+        (
+            sweeps.sensitivity(records),
+            ("learning rate", "held-out top-1, percent"),
+            "sensitivity",
+            "Linear classifiers of a grid, each at its best weight decay, on training images held "
+            "out: how much the choice of a learning rate matters for each feature.",
+        ),
+        (
+            sweeps.low_shot(records),
+            ("training images a class", "percent"),
+            "low_shot",
+            "Classifiers of few images a class, mean over draws.",
+        ),
+        (
+            sweeps.label_fractions(records),
+            ("share of the labels, percent", "percent"),
+            "labels",
+            "The same evaluation with a share of the labels; each share may have a recipe, and so "
+            "a schedule, of its own.",
+        ),
+    )
+    blocks: list[Block] = []
+    for found, (x, y), name, caption in kinds:
+        figure = plots.curve_figure(found, x, y, ticks=name != "sensitivity")
+        if figure is not None:
+            left = len(found) - plots.LINES
+            more = f" {left} more are not drawn." if left > 0 else ""
+            blocks.append(Picture(figure, f"figures/{name}.svg", caption + more))
+    return blocks
+
+
 def row_name(record: Record) -> str:
     """Name what a record evaluated."""
     return RANDOM if record.row == RANDOM else str(record.start.get("name") or record.method)
-
-
-def metric_name(metric: str) -> str:
-    """Write a metric for a reader: `knn20/top1` -> `k=20 top-1`."""
-    task, _, name = metric.partition("/")
-    k = f"k={task[3:]} " if task.startswith("knn") and task[3:].isdigit() else ""
-    return k + name.replace("_", " ").replace("top", "top-")
 
 
 def signed(value: float) -> str:
@@ -131,7 +201,7 @@ def legend(standings: Standings) -> str:
 def _table(standings: Standings, columns: list[Column]) -> Table:
     titles = list(dict.fromkeys(column.title for column in columns))
     groups = [("", 1)]
-    groups += [(_title(title), sum(c.title == title for c in columns)) for title in titles]
+    groups += [(recipe_title(title), sum(c.title == title for c in columns)) for title in titles]
     head = ["checkpoint", *(metric_name(column.metric) for column in columns)]
     rows = [row for row in standings.rows if set(row.cells) & set(columns)]
     lines = [Line([row.label, *(_shown(row.cells.get(c)) for c in columns)]) for row in rows]
@@ -162,7 +232,7 @@ def _more_printed(standings: Standings) -> list[Block]:
         lines, _ = _printed_lines(more, columns, columns)
         if lines:
             head = ["printed row", *(metric_name(column.metric) for column in columns)]
-            groups = [("", 1), (_title(title), len(columns))]
+            groups = [("", 1), (recipe_title(title), len(columns))]
             blocks.append(Table(head, [Line(line.cells) for line in lines], groups, numbers=True))
             count += len(lines)
     return [Folded(f"{count} more printed rows of these recipes", blocks)] if blocks else []
@@ -235,8 +305,11 @@ def _grey(rows: Mapping[str, Mapping[Column, float]], columns: list[Column]) -> 
 
 def _remarks(standings: Standings) -> list[Block]:
     """Say, once each, why numbers of a recipe stand beside no printed ones."""
+    printed = {row.table.recipe for row in standings.printed}
+    whose = {column: "published" for column in standings.columns if column.recipe in printed}
     said = dict.fromkeys(
-        f"{_title(column.title)}: reduced, not the published protocol ({cell.why_not})"
+        f"{recipe_title(column.title)}: reduced, not the {whose.get(column, OWN)} protocol "
+        f"({cell.why_not})"
         for row in standings.rows
         for column, cell in row.cells.items()
         if cell.why_not
@@ -275,7 +348,7 @@ def _seeds_line(row: Standing, column: Column, standings: Standings, against: Ma
     interval = NOTHING
     if spread.ci95 is not None:
         interval = f"{spread.mean - spread.ci95:.1f} to {spread.mean + spread.ci95:.1f}"
-    name = f"{row.label}: {metric_name(column.metric)}\n{_title(column.title)}"
+    name = f"{row.label}: {metric_name(column.metric)}\n{recipe_title(column.title)}"
     if spread.diverged:
         lost = ", ".join(f"seed {seed} at {value:.1f}" for seed, value in spread.diverged.items())
         name += f"; diverged: {lost}"
@@ -288,12 +361,6 @@ def _seeds_line(row: Standing, column: Column, standings: Standings, against: Ma
         ]
     sd = NOTHING if spread.sd is None else f"{spread.sd:.2f}"
     return Line([name, str(spread.seeds), f"{spread.mean:.1f}", sd, interval, *tested])
-
-
-def _title(recipe: str) -> str:
-    stem, _, mark = recipe.partition(" [")
-    title = TITLES.get(stem, stem)
-    return f"{title} [{mark}" if mark else title
 
 
 def _data(record: Record) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convert import released
 from convert.errors import UserError
-from convert.facts import EXTRA_KEY, GIVEN, KNOWN, Expected, Facts, Options, expected
+from convert.facts import EXTRA_KEY, GIVEN, KNOWN, Expected, Facts, Options, expected, training
 from convert.files import sha256
 from convert.layouts import Recognised, find_layout
 from convert.names import COUNTER, is_backbone_name
@@ -217,6 +217,7 @@ def _facts(
         if "bn1.running_mean" in found.weights
         else 1,
         dtype=str(found.weights["conv1.weight"].dtype).removeprefix("torch."),
+        training=training(values),
     )
 
 

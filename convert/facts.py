@@ -32,6 +32,12 @@ EXTRA_KEY = "moco_transfer"  # where our own files keep facts beside what other 
 KNOWN, GIVEN, ASSUMED, UNKNOWN = "known", "given", "assumed", "unknown"
 # Torchvision's ResNets put a bottleneck's stride into its 3x3 convolution.
 STRIDE_IN_1X1 = False
+# What of a pretraining's config is told beside its checkpoint, by the dictionary that it used.
+TRAINING = (
+    *("dictionary", "tau", "symmetric", "augmentation", "image_size"),
+    *("epochs", "batch_size", "optimizer", "lr", "schedule", "seed"),
+)
+OF_DICTIONARY = {"queue": ("K", "m"), "bank": ("K", "bank_momentum")}
 # Converters that sign their work and always start from torchvision's networks.
 AUTHORS_OF_TORCHVISION = {"MOCO", "torchvision"}
 NO_GUESS = {"detectron2", "caffe2"}
@@ -58,6 +64,7 @@ class Facts:
         branches: all that the file has.
         splits: of batch norms whose statistics were averaged into one.
         digest: of the weights; facts beside other weights are not theirs.
+        training: the settings of our own pretraining by their keys; empty for others' files.
     """
 
     name: str
@@ -79,6 +86,7 @@ class Facts:
     branches: tuple[str, ...] = ("query",)
     splits: int = 1
     digest: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and lists; the pixels' entries stand among the others."""
@@ -186,6 +194,22 @@ def _ways(
         yield ASSUMED, lambda: guess
     elif options.unknown_too:
         yield UNKNOWN, lambda: guess
+
+
+def training(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that our own pretraining has left in its checkpoint; else nothing."""
+    ours = values.get(EXTRA_KEY)
+    text = ours.get("config") if isinstance(ours, Mapping) else None
+    try:
+        config = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        return {}
+    keys = (*OF_DICTIONARY.get(str(config.get("dictionary")), ()), *TRAINING)
+    found = {key: config[key] for key in keys if isinstance(config.get(key), str | int | float)}
+    images = ours.get("images") if isinstance(ours, Mapping) else None
+    return found | ({"images": images} if isinstance(images, int) else {})
 
 
 def _written_down(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -205,16 +205,22 @@ def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any
         try:
             checked[key] = _read_value(hints[key], value)
         except (TypeError, ValueError) as error:
-            wanted = getattr(hints[key], "__name__", str(hints[key]))
-            raise UserError(f"{where}: {key} is {value!r}, want {wanted}") from error
+            raise UserError(f"{where}: {key} is {value!r}, want {_named(hints[key])}") from error
     return checked
+
+
+def _named(wanted: Any) -> str:
+    """Name a field's type in an error: `int`, or what a list of such values looks like."""
+    if typing.get_origin(wanted) is tuple:
+        return f"{typing.get_args(wanted)[0].__name__} values, as A,B or [A, B]"
+    return getattr(wanted, "__name__", str(wanted))
 
 
 def _read_value(wanted: Any, value: Any) -> Any:
     """Read one value as the type of its field; words from a command line are strings."""
     if typing.get_origin(wanted) is tuple:
-        items = value.replace(",", " ").split() if isinstance(value, str) else list(value)
-        return tuple(_read_value(typing.get_args(wanted)[0], item) for item in items)
+        words = value.strip(" []()").replace(",", " ").split() if isinstance(value, str) else value
+        return tuple(_read_value(typing.get_args(wanted)[0], word) for word in words)
     if wanted is bool:
         if isinstance(value, bool):
             return value

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ def test_a_list_of_bases_is_merged_left_to_right(tmp_path):
         ("mlp", "True", True),
         ("mlp", "false", False),
         ("milestones", "30,60", (30, 60)),
+        ("milestones", "[30, 60]", (30, 60)),  # as a recipe has it
         ("crop_scale", "0.08 1", (0.08, 1.0)),
         ("checkpoint_every", "5", "5"),
     ],
@@ -47,10 +49,15 @@ def test_words_are_read_as_their_fields_say(key, word, value):
 
 
 @pytest.mark.parametrize(
-    ("key", "word"), [("K", "many"), ("K", "1.5"), ("mlp", "1"), ("lr", "true"), ("lr", "fast")]
+    ("key", "word"),
+    [
+        *(("K", "many"), ("K", "1.5"), ("mlp", "1"), ("lr", "true"), ("lr", "fast")),
+        ("milestones", "[x]"),
+    ],
 )
 def test_a_value_of_another_type_is_refused(key, word):
-    with pytest.raises(UserError, match=f"command line: {key} is '{word}', want"):
+    found = re.escape(f"command line: {key} is '{word}', want")
+    with pytest.raises(UserError, match=found):
         load_config(PretrainConfig, pairs=[key, word])
 
 

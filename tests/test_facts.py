@@ -11,7 +11,7 @@ import yaml
 from convert.backbone import build_resnet, load_backbone, random_backbone
 from convert.certificate import convert
 from convert.errors import UserError
-from convert.facts import Options
+from convert.facts import Options, training
 from convert.names import to_detectron2
 from convert.pixels import CAFFE_PIXELS, IMAGENET_PIXELS, UNIT_PIXELS, Pixels
 from tests.small_sets import write_resnet18
@@ -368,3 +368,21 @@ def test_other_shapes_convert_and_are_proved_in_c4_and_fpn(tmp_path, monkeypatch
     assert certificate["proof"]["fpn"]["relative"] <= 1e-5
     again = load_backbone(tmp_path / "a.pkl").weights
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+def test_our_own_pretrainings_settings_are_told_by_their_symbols():
+    config = {"dictionary": "queue", "K": 65536, "m": 0.999, "tau": 0.2, "augmentation": "v2"}
+    config |= {"batch_size": 256, "data": "/home/me/secret", "randaugment": [2, 9]}
+    ours = {"config": json.dumps(config), "images": 1281167}
+    found = training({"moco_transfer": ours})
+    told = {"K": 65536, "m": 0.999, "dictionary": "queue", "tau": 0.2, "augmentation": "v2"}
+    assert found == told | {"batch_size": 256, "images": 1281167}
+    simclr = json.dumps(config | {"dictionary": "simclr"})
+    assert not {"K", "m"} & training({"moco_transfer": {"config": simclr}}).keys()
+
+
+@pytest.mark.parametrize(
+    "ours", [None, "x", {}, {"config": "{"}, {"config": "[]"}, {"config": '{"tau": {}}'}]
+)
+def test_what_is_no_pretraining_of_ours_tells_no_settings(ours):
+    assert training({"moco_transfer": ours}) == {}

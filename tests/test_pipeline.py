@@ -96,6 +96,9 @@ def test_every_measurement_has_its_record_and_its_baseline(walk):
         assert moco["checkpoint"]["sha256"] != random["checkpoint"].get("sha256")
         assert len(moco["per_seed"]) == (3 if task in ("linear", "knn") else 1)
         sources.add(moco["checkpoint"]["sha256"])
+        run = json.loads((tmp / "out/pretrain/run.json").read_text())
+        told = moco["checkpoint"]["training"]
+        assert (told["K"], told["m"], told["tau"]) == (run["K"], run["m"], run["tau"])
     (path,) = (tmp / "out/pretrain").glob("checkpoint_*.pth.tar")
     assert sources == {load_backbone(path).facts.sha256}
 

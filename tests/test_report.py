@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -281,10 +282,10 @@ def test_the_moving_mean_of_a_line_is_the_line():
 
 
 def test_numbers_by_class_are_drawn_where_a_record_has_them(folder):
-    details = {"per_class": {"AP": {"cat": 60.0, "<b>dog</b>": 40.0}}}
+    details = {"per_class": {"AP": {"cat": 60.0, "<b>dog</b>": 40.0, r"$\frac$": 20.0}}}
     put(folder / "voc/moco/results.json", record("voc", 0.0) | {"details": details})
     html = page(folder)
-    assert "embedded_voc_R50_C4: AP of each class." in html
+    assert "Faster R-CNN R50-C4, embedded scenes, VOC layout: AP of each class." in html
     figure = (folder / "figures/classes_embedded_voc_R50_C4.svg").read_text()
     assert "cat" in figure
     assert "<b>dog" not in figure + html
@@ -326,3 +327,71 @@ def test_the_script_writes_the_report_again_and_its_help_is_quick(folder):
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
     assert time.monotonic() - began < 1
     assert "python benchmarks/report.py output/benchmarks/quick" in done.stdout
+
+
+def test_the_classifiers_own_log_is_no_pretraining(folder):
+    (folder / "linear/moco/log.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    found = gather(folder).pretraining
+    assert found is not None
+    assert found.facts["method"] == "MoCo v2"
+    assert "A MoCo v2 ResNet-50 was pretrained on 1,200 images" in page(folder)
+
+
+def test_the_card_says_how_a_checkpoint_of_ours_was_made(folder):
+    training = {"K": 65536, "m": 0.999, "tau": 0.2, "augmentation": "v2", "epochs": 200}
+    for task in NUMBERS:
+        start = MOCO | {"training": training | {"batch_size": 256}}
+        put(folder / task / "moco/results.json", record(task, 0.0, start))
+    made = "K = 65536, m = 0.999, tau = 0.2, augmentation v2, 200 epochs planned, batch 256"
+    assert made in page(folder)
+    put(folder / "knn/moco/results.json", record("knn", 0.0))
+    assert "its file does not say" in page(folder)
+
+
+def test_trials_share_a_panel_and_a_picture_and_a_table_row(folder):
+    suite = json.loads((folder / "suite.json").read_text())
+    for seed in (0, 1):
+        name = f"voc.moco.seed{seed}"
+        suite["jobs"].append({"name": name, "state": "done", "command": "python run.py"})
+        shutil.copytree(folder / "voc/moco", folder / name)
+    for word in ("results.json", "metrics.json", "detections.png"):
+        (folder / "voc/moco" / word).unlink()
+    put(folder / "suite.json", suite)
+    findings = gather(folder)
+    assert findings.place("voc.moco.seed1") == ("voc", "moco", 1)
+    html = page(folder)
+    pictures = re.findall(r"<figcaption>(Faster R-CNN[^<]*beside detections\.)", html)
+    assert len(pictures) == 2  # one of moco's trials, one of random initialisation
+    assert "from checkpoint_0011.pth.tar (MoCo v2, epoch 12) (seed 0)" in pictures[-1]
+    names = re.findall(r"<!-- (.*?) -->", (folder / "figures/detectors.svg").read_text())
+    assert names.count("Faster R-CNN R50-C4, embedded scenes, VOC layout") == 1
+
+
+def test_rows_of_the_papers_say_who_fills_them(folder):
+    suite = json.loads((folder / "suite.json").read_text())
+    wants = {"arch": "resnet50", "method": "MoCo v1"}
+    suite["tables"] = [
+        {"table": "T 1", "row": "ours", "task": "linear, voc", "by": "moco", "wants": {}},
+        {"table": "T 1", "row": "v1", "task": "linear", "by": None, "wants": wants},
+    ]
+    for job in suite["jobs"]:
+        job |= {"reduced": {"epochs": "2"}} if job["name"] == "linear/moco" else {}
+        job["state"] = "failed" if job["name"] == "voc/moco" else job["state"]
+    put(folder / "suite.json", suite)
+    html = page(folder)
+    assert "<td>filled, reduced, 1 of 2 tasks</td>" in html
+    assert "<td>open: wants another checkpoint</td><td>arch resnet50, method MoCo v1</td>" in html
+    assert "Reduced: 1 of 10 jobs ran with settings of their recipes overridden (epochs 2)" in html
+
+
+def test_a_number_that_no_paper_printed_is_marked_where_the_suite_overrode_it(folder):
+    changed = {"name": "linear_embedded", "changed": {"bank": ["whole", "90%"]}}  # by its suite
+    put(folder / "linear/moco/results.json", record("linear", 0.0) | {"recipe": changed})
+    assert '<td class="reduced"' not in page(folder)
+    suite = json.loads((folder / "suite.json").read_text())
+    for job in suite["jobs"]:
+        job |= {"reduced": {"epochs": "2"}} if job["name"] == "linear/moco" else {}
+    put(folder / "suite.json", suite)
+    html = page(folder)
+    assert "reduced, not the recipe&#x27;s own protocol (overridden: epochs 2)" in html
+    assert html.count('<td class="reduced"') == 2

@@ -92,3 +92,11 @@ def test_what_a_checkpoint_does_not_fit_stays_open_and_is_listed(file, tmp_path)
     broken = checkpoints(tmp_path, "broken.pth")[0]
     with pytest.raises(UserError, match=r"broken\.pth"):
         describe(broken)
+
+
+def test_the_batch_of_our_own_checkpoints_fills_a_row_that_wants_it(tmp_path):
+    suite = load_suite("moco-v2")
+    facts = {"arch": "resnet50", "method": "SimCLR", "epoch": 200, "training": {"batch_size": 256}}
+    rows = [row for row in filled(suite, {"moco": facts}) if row["by"] == "moco"]
+    assert [row["row"] for row in rows] == ["SimCLR, 200 epochs, batch 256"]
+    assert not any(row["by"] == "moco" for row in filled(suite, {"moco": facts | {"training": {}}}))

@@ -37,9 +37,9 @@ def test_seeds_of_one_protocol_become_one_row_with_its_spread(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"protocol": {"iterations": 9000}}, "another fingerprint"),
+        ({"protocol": {"iterations": 9000}}, "another iterations than"),
         ({"checkpoint": {"name": "b", "sha256": "2"}}, "another checkpoint"),
-        ({"data": {"name": "COCO"}}, "another data"),
+        ({"data": {"test": {"listing": "2"}}}, "another data.test than"),
         ({"per_seed": [{"voc07/AP": 1.0}]}, "other metrics"),
     ],
 )
@@ -51,5 +51,11 @@ def test_what_is_not_one_row_is_refused(tmp_path, changes, said):
 
 def test_a_file_that_is_no_record_is_one_line(tmp_path):
     (tmp_path / "cut.json").write_text('{"task": ')
-    with pytest.raises(UserError, match="is no record of an evaluation"):
+    with pytest.raises(UserError, match=r"cut\.json: cannot be read"):
         join(tmp_path / "all", [tmp_path / "cut.json"])
+
+
+def test_the_same_seed_twice_is_no_spread(tmp_path):
+    files = [record(tmp_path / folder, 1) for folder in ("a", "b")]
+    with pytest.raises(UserError, match="two have the same seed"):
+        join(tmp_path / "all", files)

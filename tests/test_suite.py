@@ -260,10 +260,14 @@ def test_a_failed_job_is_tried_again_by_the_next_call(work, write, run, out, tmp
 def test_a_failed_job_is_tried_once_more_in_the_same_call(write, run, out, tmp_path):
     script = tmp_path / "flaky.py"
     script.write_text(
-        "import sys, pathlib; seen = pathlib.Path(sys.argv[1]); bad = not seen.exists();"
+        "import json, sys, pathlib; seen = pathlib.Path(sys.argv[1]); bad = not seen.exists();"
+        "record = pathlib.Path(sys.argv[2]) / '../jobs/flaky.json';"
+        "assert json.loads(record.read_text())['reason'] == '';"  # an earlier attempt's is over
         "seen.touch(); print('out of luck'); sys.exit(bad)"
     )
-    suite = write({"flaky": {"command": f"python {shlex.quote(str(script))} {tmp_path}/seen"}})
+    suite = write(
+        {"flaky": {"command": f"python {shlex.quote(str(script))} {tmp_path}/seen {{output}}"}}
+    )
     done = run(suite)
     assert done.returncode == 0
     assert "retry   flaky: status 1: out of luck; it is tried once more" in done.stdout
@@ -365,7 +369,9 @@ def test_what_the_data_cannot_serve_is_listed_first_and_the_rest_runs(
     assert states(out) == {"wants/moco": "open", "free/moco": "done"}
     assert started(out / "free") == ["moco"]
     dry = run(suite, "--dry-run", "--data", f"flowers={tmp_path}/elsewhere")
-    assert f"missing: Flowers: {tmp_path}/elsewhere/train is missing and 1 more of 2" in dry.stdout
+    assert (
+        f"missing: Flowers: in {tmp_path}/elsewhere 2 of 2 missing: train, list.txt" in dry.stdout
+    )
     assert "open: wants/moco" in dry.stdout
     again = run(suite, "--data", f"flowers={tmp_path}/flowers")
     assert again.returncode == 0, again.stdout
@@ -395,7 +401,7 @@ def test_data_that_vanishes_in_the_middle_fails_its_jobs_with_the_reason(
     done = run(write(jobs, parallel=1, data=sets), "--data", f"flowers={tmp_path}/flowers")
     assert done.returncode == 2
     assert states(out) == {"remove": "done", "reads": "failed", "other": "done"}
-    assert f"Flowers: {tmp_path}/flowers/train is missing" in done.stdout
+    assert f"Flowers: in {tmp_path}/flowers 2 of 2 missing: train, list.txt" in done.stdout
     assert "reads" not in started(out)
 
 
@@ -672,7 +678,7 @@ def test_a_forecast_sums_the_suites_own_costs_and_says_their_source(write, work,
     done = run(write(jobs, data=sets, costs="a table"), "--dry-run", "--processes", "2")
     assert "would run: long/moco, about 1.5 h, 4.8 GB a GPU, 2 of 8 processes" in done.stdout
     assert "times and memory: a table" in done.stdout
-    assert "all of it: 2 jobs, about 2.0 h one after the other; to run: 1 jobs" in done.stdout
+    assert "all of it: 2 jobs, about 2.0 h one after the other; to run: 1 job" in done.stdout
     assert not out.exists()
 
 
