@@ -1,7 +1,9 @@
 """Small inputs of the classification tests: images of a few colours, a ResNet-18 that saw some."""
 
 import os
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,14 @@ def photographs(name: str) -> Path:
     if folder is None or not (Path(folder) / name).is_dir():
         pytest.skip(f"no {name} in the folder that MOCO_TRANSFER_TEST_DATA names")
     return Path(folder) / name
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse to write more than so many bytes to a file, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

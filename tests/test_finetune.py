@@ -10,7 +10,7 @@ from convert.errors import Stopped, StopRequest, UserError
 from pretrain.config import load_config
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
-from tests.small_sets import write_images, write_resnet18
+from tests.small_sets import files_of_at_most, write_images, write_resnet18
 from transfer import finetune
 from transfer.classification.features import Views
 from transfer.classification.few_labels import labelled
@@ -98,6 +98,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(weights, images, tmp_path, monke
     assert same(first["state_dict"], second["state_dict"])
     momenta = [x["optimizer"]["state"] for x in (first, second)]
     assert all(same(momenta[0][k], momenta[1][k]) for k in momenta[0])
+
+
+def test_a_full_disk_is_one_line(weights, images, tmp_path):
+    refused = pytest.raises(UserError, match=r"pth\.tar: File too large; nothing was written")
+    with refused, files_of_at_most(2**20):
+        run(weights, images, tmp_path / "out", "--epochs", 1)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_one_step_is_sgd_on_the_cross_entropy(weights, images):

@@ -16,7 +16,7 @@ from convert.errors import UserError
 from pretrain.config import load_config
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
-from tests.small_sets import write_images, write_resnet18
+from tests.small_sets import files_of_at_most, write_images, write_resnet18
 from transfer import main_lincls
 from transfer.classification import linear
 from transfer.classification.features import Features, FrozenNetwork, Views
@@ -138,6 +138,13 @@ def test_resuming_equals_not_stopping(weights, images, tmp_path, mode):
     assert same(*files)
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("parts", "whole")]
     assert logs[0] == logs[1]
+
+
+def test_a_full_disk_is_one_line(weights, images, tmp_path):
+    refused = pytest.raises(UserError, match=r"pth\.tar: File too large; nothing was written")
+    with refused, files_of_at_most(2**20):  # the features are smaller, the network is not
+        run(weights, images, tmp_path / "out", "--epochs", 1, *CACHED)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["features"]
 
 
 def test_ctrl_c_saves_the_last_whole_epoch_and_ends_with_130(weights, images, tmp_path):

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from convert.backbone import Backbone
 from convert.errors import Stopped, StopRequest, UserError
 from convert.facts import EXTRA_KEY
-from convert.files import atomic_write
+from convert.files import write_torch
 from convert.progress import Progress
 from pretrain.views import epoch_order, generator
 from pretrain.workers import watched
@@ -298,8 +298,7 @@ class Tuning:
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             EXTRA_KEY: ours,
         }
-        with atomic_write(file) as temporary:
-            torch.save(content, temporary)
+        write_torch(file, content)
 
     def restore(self, file: Path, identity: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same run.

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from convert.backbone import Backbone
 from convert.errors import Stopped, StopRequest, UserError
-from convert.files import atomic_write
+from convert.files import write_torch
 from convert.progress import Progress
 from pretrain import distributed
 from pretrain.config import as_dict, load_config
@@ -140,8 +140,7 @@ class Run:
             "iteration": self.iteration,
             "identity": dict(identity),
         }
-        with atomic_write(path) as temporary:
-            torch.save(content, temporary)
+        write_torch(path, content)
 
     def resume(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Go on from a file that `save` wrote.
