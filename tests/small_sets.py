@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+
+from tests.conftest import ROOT
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
@@ -92,6 +96,15 @@ def photographs(name: str) -> Path:
     if folder is None or not (Path(folder) / name).is_dir():
         pytest.skip(f"no {name} in the folder that MOCO_TRANSFER_TEST_DATA names")
     return Path(folder) / name
+
+
+def on_two_processes(
+    script: str, *words: object, folder: Path
+) -> "subprocess.CompletedProcess[str]":
+    """Run a script by torchrun on two processes of this machine, in a folder."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, str(ROOT / script), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 
 from convert.errors import UserError
 from tests.conftest import ROOT
-from tests.small_sets import write_images, write_resnet18
+from tests.small_sets import on_two_processes, write_images, write_resnet18
 from transfer import knn
 
 SMALL = ["k", "3,5", "image_size", "32"]
@@ -45,6 +45,18 @@ def test_a_run_leaves_a_whole_record(weights, images, tmp_path, capsys):
     assert record["data"]["train"]["images"] == 24
     assert record["data"]["val"]["images"] == 12
     assert capsys.readouterr().out.startswith("knn3/top1 ")
+
+
+def test_two_processes_see_each_image_once_and_vote_once(weights, tmp_path):
+    images = write_images(tmp_path / "set", train=7, val=3)  # 21 and 9: no even shares
+    one = run(weights, images, tmp_path / "one", "--seeds", "2")
+    words = ["--pretrained", weights, "--output-dir", "two", "--device", "cpu", "--seeds", 2]
+    done = on_two_processes("transfer/knn.py", images, *words, *SMALL, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("knn3/top1") == done.stdout.count("output: two") == 1
+    two = json.loads((tmp_path / "two/results.json").read_text())
+    assert two["per_seed"] == one["per_seed"]
+    assert two["data"] == one["data"]
 
 
 def test_seeds_vote_with_different_banks_and_repeat_exactly(weights, images, tmp_path):

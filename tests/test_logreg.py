@@ -15,7 +15,7 @@ from transfer.classification.logistic import (
     choose,
     draw_apart,
 )
-from transfer.classification.support_vectors import ABSENT, DIFFICULT, PRESENT
+from transfer.classification.tags import ABSENT, DIFFICULT, PRESENT
 
 SMALL = ["l2_values", "5", "image_size", "32"]
 

@@ -8,8 +8,8 @@ from convert.errors import UserError
 from tests.conftest import ROOT
 from tests.small_sets import photographs, write_images, write_resnet18, write_voc
 from transfer import svm
-from transfer.classification.support_vectors import ABSENT, PRESENT
 from transfer.classification.svm import COSTS, SvmConfig, share_of
+from transfer.classification.tags import ABSENT, PRESENT
 
 SMALL = ["costs", ".01,1", "image_size", "32", "jobs", "1"]
 PETS = [[("cat", 0)], [("dog", 0)], [("cat", 0), ("dog", 0)], []] * 8

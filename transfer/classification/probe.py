@@ -137,6 +137,28 @@ class Probe:
         """Return the features of the validation images' test views."""
         return self.all_val_features(network)[network.stage]
 
+    def measure(
+        self, one_seed: Callable[[int, Features, Features], Mapping[str, float]]
+    ) -> dict[str, Any]:
+        """Measure each seed's frozen features and write `results.json`.
+
+        Several processes compute features together; the first one does the rest alone.
+
+        Args:
+            one_seed: (seed, training features, validation features) -> its metrics.
+
+        Returns:
+            The record; empty on other processes than the first.
+        """
+        features = []
+        for seed in self.config.all_seeds:
+            network = self.network(seed)
+            features.append((seed, self.train_features(network), self.val_features(network)))
+            network.prove_unmoved()
+        if distributed.rank() > 0:
+            return {}
+        return self.write([one_seed(*found) for found in features], self.request.output_dir)
+
     def write(self, per_seed: Sequence[Mapping[str, float]], folder: Path) -> dict[str, Any]:
         """Write `results.json` into a folder and return it."""
         return write_results(
