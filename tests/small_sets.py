@@ -98,11 +98,11 @@ def photographs(name: str) -> Path:
     return Path(folder) / name
 
 
-def on_two_processes(
-    script: str, *words: object, folder: Path
+def on_processes(
+    count: int, script: str, *words: object, folder: Path
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a script by torchrun on two processes of this machine, in a folder."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    """Run a script by torchrun on so many processes of this machine, in a folder."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [sys.executable, *torchrun, str(ROOT / script), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
 

@@ -16,7 +16,7 @@ from convert.errors import UserError
 from pretrain.config import load_config
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
-from tests.small_sets import files_of_at_most, on_two_processes, write_images, write_resnet18
+from tests.small_sets import files_of_at_most, on_processes, write_images, write_resnet18
 from transfer import main_lincls
 from transfer.classification import linear
 from transfer.classification.features import Features, FrozenNetwork, Views
@@ -372,7 +372,7 @@ def test_two_processes_see_each_image_once_and_give_one_process_numbers(weights,
     keys = [*AUGMENTED, "grid_lr", "0.01,0.1", "grid_features", "res4"]
     named = ["--pretrained", weights, "--output-dir", tmp_path / "two", *SHORT]
     script = "transfer/main_lincls.py"
-    done = on_two_processes(script, images, *named, *words, *keys, folder=tmp_path)
+    done = on_processes(2, script, images, *named, *words, *keys, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("linear/top1") == 1
     run(weights, images, tmp_path / "one", *words, *keys)

@@ -109,6 +109,12 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_class_that_every_image_has_cannot_be_told_from_the_others(weights, tmp_path):
+    folder = write_voc(tmp_path / "VOC2007", [[("cat", 0), ("dog", i % 2)] for i in range(16)])
+    with pytest.raises(UserError, match="class 'cat' is absent from 0 training images, and cross"):
+        run(weights, folder, tmp_path / "out")
+
+
 def test_the_shipped_recipe_loads_with_the_papers_curve():
     from pretrain.config import load_config
 

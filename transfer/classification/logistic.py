@@ -31,7 +31,7 @@ from transfer.classification.request import (
 )
 from transfer.classification.support_vectors import mean_average_precision
 from transfer.classification.svm import tags_of
-from transfer.classification.tags import DIFFICULT, PRESENT
+from transfer.classification.tags import ABSENT, DIFFICULT, PRESENT
 
 METRICS = ("top1", "mean_per_class", "mAP")
 AUTO = "auto"
@@ -211,13 +211,15 @@ def _split(
     if not len(apart):
         apart = draw_apart(answers, config.apart, seed)
     learnt = np.setdiff1d(np.arange(len(answers.tags)), apart)
-    for part in (learnt, apart):
-        seen = (answers.tags[part] == PRESENT).any(axis=0)
+    words = {PRESENT: "of", ABSENT: "without"}
+    absent = answers.several  # a regression for each class wants images without it too
+    for part, wanted in ((learnt, PRESENT), (apart, PRESENT), *([(learnt, ABSENT)] * absent)):
+        seen = (answers.tags[part] == wanted).any(axis=0)
         if not seen.all():
             name = probe.sets.train.classes[int(np.flatnonzero(~seen)[0])]
             raise UserError(
-                f"images {probe.sets.name}: class '{name}' has too few training images to learn "
-                "from some and choose l2 on others; want two or more"
+                f"images {probe.sets.name}: too few training images {words[wanted]} class '{name}' "
+                "to learn from some and choose l2 on others; want two or more"
             )
     return learnt, apart
 

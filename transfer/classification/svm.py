@@ -242,6 +242,13 @@ def _refuse_few(config: SvmConfig, tags: np.ndarray, classes: Sequence[str]) -> 
     where = f"class '{classes[rarest]}' has {counts[rarest]} training images"
     if counts[rarest] < config.folds:
         raise UserError(f"{where}, and cross-validation in {config.folds} folds wants one a fold")
+    others = (tags == ABSENT).sum(axis=0)
+    fullest = int(others.argmin())
+    if others[fullest] < config.folds:
+        raise UserError(
+            f"class '{classes[fullest]}' is absent from {others[fullest]} training images, and "
+            f"cross-validation in {config.folds} folds wants one a fold"
+        )
     if config.low_shot and counts[rarest] < max(config.low_shot):
         raise UserError(f"{where}, fewer than low_shot {max(config.low_shot)}; name smaller ones")
     if config.low_shot and counts.max() <= max(config.low_shot):
