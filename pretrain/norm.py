@@ -63,24 +63,41 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """A `BatchNorm2d` whose batch is that of all processes, of equal shares; on CPUs too.
+    """A `BatchNorm2d` whose batch is that of all processes, whatever their shares; on CPUs too.
 
     (`nn.SyncBatchNorm` refuses tensors of a CPU.) On one process it is an ordinary batch norm.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, H, W), by the statistics of all processes' images."""
-        processes = distributed.size()
-        if not self.training or processes == 1:
+        if not self.training or distributed.size() == 1:
             return super().forward(x)
         y = x.float() if x.dtype is torch.bfloat16 else x
-        count = processes * y.numel() // y.shape[1]
-        mean = distributed.add_up(y.mean(dim=(0, 2, 3))) / processes
+        own = y.new_tensor([y.numel() // y.shape[1]])
+        sums = distributed.add_up(torch.cat([y.sum(dim=(0, 2, 3)), own]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
         centred = y - mean[:, None, None]
-        variance = distributed.add_up(centred.square().mean(dim=(0, 2, 3))) / processes
+        variance = distributed.add_up(centred.square().sum(dim=(0, 2, 3))) / count
         _move(self, mean.detach(), variance.detach() * count / (count - 1))
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronise_norms(network: nn.Module, device: torch.device) -> nn.Module:
+    """Let every batch norm take its statistics from all processes' images."""
+    if device.type == "cuda":
+        synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return synchronised
+    for name, child in network.named_children():
+        if type(child) is nn.BatchNorm2d:
+            norm = GlobalBatchNorm(child.num_features)
+            norm.load_state_dict(child.state_dict())
+            norm.eps, norm.momentum = child.eps, child.momentum
+            setattr(network, name, norm)
+        else:
+            synchronise_norms(child, device)
+    return network
 
 
 def _move(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:

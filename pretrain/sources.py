@@ -83,10 +83,20 @@ class ImageList:
         return _decoded(self, index, decode_array)
 
     def listing_hash(self) -> str:
-        """Hash names, classes and sizes of all files, so that a changed folder is noticed."""
+        """Hash names, classes and sizes of all files, so that a changed folder is noticed.
+
+        Raises:
+            UserError: a file cannot be looked at, as a link to nowhere.
+        """
         lines = hashlib.sha256()
         for name, path in zip(self.names, self.paths, strict=True):
-            lines.update(f"{name}\t{path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise UserError(
+                    f"image {path}: cannot be read ({error.strerror}); mend or remove it"
+                ) from error
+            lines.update(f"{name}\t{size}\n".encode("utf-8", "surrogateescape"))
         return lines.hexdigest()
 
     @property

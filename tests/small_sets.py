@@ -1,7 +1,11 @@
 """Small inputs of the classification tests: images of a few colours, a ResNet-18 that saw some."""
 
 import os
-from collections.abc import Sequence
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,8 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+
+from tests.conftest import ROOT
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
@@ -90,3 +96,23 @@ def photographs(name: str) -> Path:
     if folder is None or not (Path(folder) / name).is_dir():
         pytest.skip(f"no {name} in the folder that MOCO_TRANSFER_TEST_DATA names")
     return Path(folder) / name
+
+
+def on_processes(
+    count: int, script: str, *words: object, folder: Path
+) -> "subprocess.CompletedProcess[str]":
+    """Run a script by torchrun on so many processes of this machine, in a folder."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, *torchrun, str(ROOT / script), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse to write more than so many bytes to a file, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -12,7 +12,7 @@ from convert.pixels import Pixels
 from pretrain.sources import image_folder
 from pretrain.views import Augmentation
 from tests.conftest import moco_state
-from tests.small_sets import write_images, write_resnet18
+from tests.small_sets import files_of_at_most, write_images, write_resnet18
 from transfer.classification.features import (
     FrozenNetwork,
     Views,
@@ -242,6 +242,14 @@ def test_a_damaged_cache_is_computed_again(tmp_path, backbone, images):
     path.write_bytes(path.read_bytes()[:1000])
     assert torch.equal(compute(tmp_path, backbone, images).values, before)
     assert path.stat().st_size > 1000
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(tmp_path, backbone, images):
+    refused = pytest.raises(UserError, match=r"\.npy: File too large; nothing was written")
+    with refused, files_of_at_most(4096):  # of 48 KiB
+        compute(tmp_path, backbone, images)
+    assert not list((tmp_path / "out/features").iterdir())
+    assert compute(tmp_path, backbone, images).values.shape == (24, 512)
 
 
 def test_views_depend_on_seed_epoch_and_image_alone(images):

@@ -9,8 +9,9 @@ from convert.backbone import load_backbone
 from convert.errors import Stopped, StopRequest, UserError
 from pretrain.config import load_config
 from pretrain.sources import image_folder
+from tests import tuning_processes
 from tests.conftest import ROOT
-from tests.small_sets import write_images, write_resnet18
+from tests.small_sets import files_of_at_most, on_processes, write_images, write_resnet18
 from transfer import finetune
 from transfer.classification.features import Views
 from transfer.classification.few_labels import labelled
@@ -100,6 +101,42 @@ def test_a_stopped_run_goes_on_to_the_same_bits(weights, images, tmp_path, monke
     assert all(same(momenta[0][k], momenta[1][k]) for k in momenta[0])
 
 
+def test_three_processes_take_the_steps_of_one_and_resume_to_the_bit(weights, tmp_path):
+    images = write_images(tmp_path / "set", train=6, val=3)
+    spec = {
+        "request": {"pretrained": str(weights), "folder": str(images), "device": "cpu"},
+        # 18 images: shares of 2, 2 and 3, and in the last step of an epoch of 1, 1 and 2.
+        "config": {"image_size": 32, "batch_size": 7, "epochs": 2, "lr": 0.01},
+        "folder": str(tmp_path),
+    }
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    words = [tmp_path / "spec.json"]
+    done = on_processes(3, "tests/tuning_processes.py", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tuning_processes.train(spec, "one")
+    tuning_processes.train(spec, "one few", **tuning_processes.FEW)
+    one, three, parts = (saved(tmp_path / name) for name in ("one", "three", "parts"))
+    for name, value in one["state_dict"].items():  # float64
+        torch.testing.assert_close(three["state_dict"][name], value, rtol=1e-6, atol=1e-8)
+    few = [saved(tmp_path / name)["state_dict"] for name in ("one few", "three few")]
+    for name, value in few[0].items():  # statistics of two images magnify rounding
+        torch.testing.assert_close(few[1][name], value, rtol=1e-5, atol=1e-7)
+    losses = [[e["loss"] for e in x["moco_transfer"]["history"]] for x in (one, three)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-8)
+    assert same(parts["state_dict"], three["state_dict"])
+    records = [json.loads((tmp_path / f"{n}/results.json").read_text()) for n in ("one", "three")]
+    assert records[1]["metrics"] == records[0]["metrics"]
+    assert records[1]["fingerprint"] == records[0]["fingerprint"]
+    assert [record["config"]["processes"] for record in records] == [1, 3]
+
+
+def test_a_full_disk_is_one_line(weights, images, tmp_path):
+    refused = pytest.raises(UserError, match=r"pth\.tar: File too large; nothing was written")
+    with refused, files_of_at_most(2**20):
+        run(weights, images, tmp_path / "out", "--epochs", 1)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_one_step_is_sgd_on_the_cross_entropy(weights, images):
     config = FinetuneConfig(image_size=32, batch_size=24, epochs=1, lr=0.1, head_lr=0.7)
     backbone = load_backbone(weights)
@@ -111,7 +148,7 @@ def test_one_step_is_sgd_on_the_cross_entropy(weights, images):
     views = Views(listed, config, backbone.facts.pixels)
     batch, labels = next(iter(views.batches([(0, i) for i in range(24)], 24, tuning.device, 0)))
     tuning._train_mode()
-    tuning._take_step(batch, labels)
+    tuning._take_step(batch, labels, 24)
     network.train()
     torch.nn.functional.cross_entropy(network(batch), labels).backward()
     for name, value in network.named_parameters():

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from convert.progress import Progress
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
 from tests.small_sets import write_images, write_resnet18
+from tests.test_sets import make_dtd
 from transfer import main_lincls
 from transfer.classification.features import Features
 from transfer.classification.grid import (
@@ -32,6 +35,8 @@ from transfer.classification.heads import (
     train_head,
 )
 from transfer.classification.held_out import Part, held_out
+from transfer.classification.linear import held_places
+from transfer.classification.sets import open_sets
 
 CPU = torch.device("cpu")
 WORDS = ["features", "cached", "standardize", "true", "image_size", "32"]
@@ -210,6 +215,18 @@ def test_a_set_without_two_images_of_a_class_has_nothing_to_choose_by():
     assert held_out([0, 0, 1], 0.1, 0).tolist() in ([0], [1])
     with pytest.raises(UserError, match="1 training images and no class with two of them"):
         held_out([0], 0.1, 0)
+
+
+def test_a_set_with_a_validation_part_of_its_own_is_chosen_on_that(tmp_path):
+    make_dtd(tmp_path / "dtd")
+    probe = SimpleNamespace(sets=open_sets(tmp_path / "dtd"))
+    named = [path.name for path in probe.sets.train.paths]
+    for seed in (0, 1):
+        places = held_places(probe, LinearConfig(grid=True), seed)
+        assert [named[i] for i in places] == ["d_2.jpg", "l_2.jpg"]  # of labels/val1.txt
+    one_left = SimpleNamespace(sets=replace(probe.sets, apart=(1, 2, 3)))
+    with pytest.raises(UserError, match="every training image of class 'lines' is in"):
+        held_places(one_left, LinearConfig(grid=True), 0)
 
 
 def test_the_chosen_one_is_reported_beside_the_fixed_protocol(weights, images, cache, tmp_path):

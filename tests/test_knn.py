@@ -8,7 +8,7 @@ import torch
 
 from convert.errors import UserError
 from tests.conftest import ROOT
-from tests.small_sets import write_images, write_resnet18
+from tests.small_sets import on_processes, write_images, write_resnet18
 from transfer import knn
 
 SMALL = ["k", "3,5", "image_size", "32"]
@@ -45,6 +45,36 @@ def test_a_run_leaves_a_whole_record(weights, images, tmp_path, capsys):
     assert record["data"]["train"]["images"] == 24
     assert record["data"]["val"]["images"] == 12
     assert capsys.readouterr().out.startswith("knn3/top1 ")
+
+
+def test_what_cannot_be_judged_is_refused_in_one_line(weights, images, tmp_path):
+    one = write_images(tmp_path / "one", train=5, val=2)
+    gone = write_images(tmp_path / "gone", train=5, val=2)
+    (gone / "val/red/9.png").symlink_to(tmp_path / "nowhere.png")
+    for part in ("train", "val"):
+        for name in ("green", "red"):
+            (one / part / name).rename(tmp_path / f"{part} {name}")
+    for folder, words, line in (
+        (one, [], "has one class, 'blue'; want two or more to tell apart"),
+        (gone, [], r"image .*val/red/9\.png: cannot be read \(No such file"),
+        (images, ["--resume", str(weights)], "--resume FILE: name the run by --output-dir"),
+    ):
+        with pytest.raises(UserError, match=line) as caught:
+            run(weights, folder, tmp_path / "out", *words)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_see_each_image_once_and_vote_once(weights, tmp_path):
+    images = write_images(tmp_path / "set", train=7, val=3)  # 21 and 9: no even shares
+    one = run(weights, images, tmp_path / "one", "--seeds", "2")
+    words = ["--pretrained", weights, "--output-dir", "two", "--device", "cpu", "--seeds", 2]
+    done = on_processes(2, "transfer/knn.py", images, *words, *SMALL, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("knn3/top1") == done.stdout.count("output: two") == 1
+    two = json.loads((tmp_path / "two/results.json").read_text())
+    assert two["per_seed"] == one["per_seed"]
+    assert two["data"] == one["data"]
 
 
 def test_seeds_vote_with_different_banks_and_repeat_exactly(weights, images, tmp_path):

@@ -15,7 +15,7 @@ from transfer.classification.logistic import (
     choose,
     draw_apart,
 )
-from transfer.classification.support_vectors import ABSENT, DIFFICULT, PRESENT
+from transfer.classification.tags import ABSENT, DIFFICULT, PRESENT
 
 SMALL = ["l2_values", "5", "image_size", "32"]
 
@@ -171,5 +171,12 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 
 def test_a_class_of_one_image_cannot_be_split(weights, tmp_path):
     images = write_images(tmp_path / "set", train=1, val=1)
-    with pytest.raises(UserError, match="class 'blue' has too few training images"):
+    with pytest.raises(UserError, match="too few training images of class 'blue' to learn"):
         run(weights, images, tmp_path / "out")
+
+
+def test_a_class_that_every_image_has_cannot_be_told_from_the_others(weights, tmp_path):
+    objects = [[("cat", 0), ("dog", i % 2)] for i in range(16)]
+    folder = write_voc(tmp_path / "VOC2007", objects)
+    with pytest.raises(UserError, match="too few training images without class 'cat' to learn"):
+        run(weights, folder, tmp_path / "out")

@@ -16,7 +16,7 @@ from convert.errors import UserError
 from pretrain.config import load_config
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
-from tests.small_sets import write_images, write_resnet18
+from tests.small_sets import files_of_at_most, on_processes, write_images, write_resnet18
 from transfer import main_lincls
 from transfer.classification import linear
 from transfer.classification.features import Features, FrozenNetwork, Views
@@ -138,6 +138,13 @@ def test_resuming_equals_not_stopping(weights, images, tmp_path, mode):
     assert same(*files)
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("parts", "whole")]
     assert logs[0] == logs[1]
+
+
+def test_a_full_disk_is_one_line(weights, images, tmp_path):
+    refused = pytest.raises(UserError, match=r"pth\.tar: File too large; nothing was written")
+    with refused, files_of_at_most(2**20):  # the features are smaller, the network is not
+        run(weights, images, tmp_path / "out", "--epochs", 1, *CACHED)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["features"]
 
 
 def test_ctrl_c_saves_the_last_whole_epoch_and_ends_with_130(weights, images, tmp_path):
@@ -363,10 +370,9 @@ def test_two_processes_see_each_image_once_and_give_one_process_numbers(weights,
     images = write_images(tmp_path / "set", train=7, val=3)  # 21 and 9: no even shares
     words = ["--epochs", 1, "-j", 0, "--grid"]
     keys = [*AUGMENTED, "grid_lr", "0.01,0.1", "grid_features", "res4"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command = [sys.executable, *torchrun, ROOT / "transfer/main_lincls.py", images, *SHORT, *words]
-    command += ["--pretrained", weights, "--output-dir", tmp_path / "two", *keys]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    named = ["--pretrained", weights, "--output-dir", tmp_path / "two", *SHORT]
+    script = "transfer/main_lincls.py"
+    done = on_processes(2, script, images, *named, *words, *keys, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("linear/top1") == 1
     run(weights, images, tmp_path / "one", *words, *keys)

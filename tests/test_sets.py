@@ -10,8 +10,8 @@ from scipy.io import savemat
 
 from convert.errors import UserError
 from tests.small_sets import photographs, write_images, write_voc
-from transfer.classification.published_sets import ABSENT, DIFFICULT, PRESENT
 from transfer.classification.sets import open_sets
+from transfer.classification.tags import ABSENT, DIFFICULT, PRESENT
 
 
 def touch(*paths):

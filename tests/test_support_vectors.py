@@ -5,9 +5,6 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
 from transfer.classification.support_vectors import (
-    ABSENT,
-    DIFFICULT,
-    PRESENT,
     Machine,
     average_precision,
     cross_validate,
@@ -17,6 +14,7 @@ from transfer.classification.support_vectors import (
     train_all,
     unit_length,
 )
+from transfer.classification.tags import ABSENT, DIFFICULT, PRESENT
 
 P, D, A = PRESENT, DIFFICULT, ABSENT
 

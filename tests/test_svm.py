@@ -8,8 +8,8 @@ from convert.errors import UserError
 from tests.conftest import ROOT
 from tests.small_sets import photographs, write_images, write_resnet18, write_voc
 from transfer import svm
-from transfer.classification.support_vectors import ABSENT, PRESENT
 from transfer.classification.svm import COSTS, SvmConfig, share_of
+from transfer.classification.tags import ABSENT, PRESENT
 
 SMALL = ["costs", ".01,1", "image_size", "32", "jobs", "1"]
 PETS = [[("cat", 0)], [("dog", 0)], [("cat", 0), ("dog", 0)], []] * 8
@@ -107,6 +107,12 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         svm.main([str(images), "--pretrained", str(weights), "image_size", "32", *words])
     assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_class_that_every_image_has_cannot_be_told_from_the_others(weights, tmp_path):
+    folder = write_voc(tmp_path / "VOC2007", [[("cat", 0), ("dog", i % 2)] for i in range(16)])
+    with pytest.raises(UserError, match="class 'cat' is absent from 0 training images, and cross"):
+        run(weights, folder, tmp_path / "out")
 
 
 def test_the_shipped_recipe_loads_with_the_papers_curve():

@@ -15,40 +15,32 @@ momentum, weight_decay, image_size, seed, seeds.
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: our root, not this folder, comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from convert.errors import Parser, run_script
-from pretrain.config import join_resume, load_config
-from transfer.classification.request import add_flags, flags_of, read_request
-from transfer.results import format_metrics
+from transfer.classification.launch import Parts, run_protocol
+from transfer.classification.request import add_training_flags
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, fine-tune, print the result; return the exit status."""
-    parser = Parser(__doc__)
-    add_flags(parser)
-    add = parser.add_argument
-    add("-b", "--batch-size", type=int, metavar="N", help="of SGD (default: 256)")
-    add("--epochs", type=int, metavar="N", help="default: 100")
-    add("--lr", "--learning-rate", type=float, metavar="LR", dest="lr", help="default: 0.03")
-    add("--schedule", type=int, nargs="*", metavar="N", help="epochs of lr / 10 (default: 70 90)")
-    add("--momentum", type=float, metavar="M", help="of SGD (default: 0.9)")
-    add("--wd", "--weight-decay", type=float, metavar="W", dest="weight_decay", help="or 1e-4")
-    words = sys.argv[1:] if argv is None else argv
-    args = parser.parse_intermixed_args(join_resume(words))
-    request, pairs = read_request(args, "finetune")
+    return run_protocol("finetune", __file__, __doc__, argv, parts, own_flags)
 
-    from transfer.classification.finetuning import (  # torch: after --help and bad flags
-        FinetuneConfig,
-        evaluate,
-    )
 
-    config = load_config(FinetuneConfig, args.config, flags_of(FinetuneConfig, args), pairs)
-    print(format_metrics(evaluate(config, request)))
-    return 0
+def own_flags(parser: Parser) -> None:
+    """Add the flags of this script alone."""
+    add_training_flags(parser, lr="0.03", schedule="70 90", weight_decay="1e-4")
+
+
+def parts(_: Namespace) -> Parts:
+    """Import the protocol."""
+    from transfer.classification.finetuning import FinetuneConfig, evaluate
+
+    return FinetuneConfig, evaluate
 
 
 if __name__ == "__main__":

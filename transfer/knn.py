@@ -13,33 +13,26 @@ Keys: k, temperature, memory_mib, image_size, stage, seed, seeds, feature_cache.
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: our root, not this folder, comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from convert.errors import Parser, run_script
-from pretrain.config import join_resume, load_config
-from transfer.classification.request import add_flags, flags_of, read_request
-from transfer.results import format_metrics
+from convert.errors import run_script
+from transfer.classification.launch import Parts, run_protocol
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, vote, print the result; return the exit status."""
-    parser = Parser(__doc__)
-    add_flags(parser)
-    words = sys.argv[1:] if argv is None else argv
-    args = parser.parse_intermixed_args(join_resume(words))
-    request, pairs = read_request(args, "knn")
+    return run_protocol("knn", __file__, __doc__, argv, parts)
 
-    from transfer.classification.neighbors import (  # torch: after --help and bad flags
-        KnnConfig,
-        evaluate,
-    )
 
-    config = load_config(KnnConfig, args.config, flags_of(KnnConfig, args), pairs)
-    print(format_metrics(evaluate(config, request)))
-    return 0
+def parts(_: Namespace) -> Parts:
+    """Import the protocol."""
+    from transfer.classification.neighbors import KnnConfig, evaluate
+
+    return KnnConfig, evaluate
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def drawn(images: int, width: int, classes: int) -> tuple[Any, Any, Any]:
     """Draw features (N, D), tags (N, C) and test features (N / 5, D)."""
     import numpy as np
 
-    from transfer.classification.support_vectors import ABSENT, PRESENT, unit_length
+    from transfer.classification.support_vectors import unit_length
+    from transfer.classification.tags import ABSENT, PRESENT
 
     draw = np.random.default_rng(0)
     centres = draw.normal(size=(classes, width))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
+from numpy.lib import format as npy
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, linear
 from torch.utils.data import Dataset
@@ -403,12 +403,14 @@ def _compute(
     request: Request,
     what: str,
 ) -> None:
-    """Write the features of some sources, each batch as it comes, on the first process."""
+    """Write the features of some sources, each batch as it comes, on the first process.
+
+    Not through a map of the file: of a full disk that would tell by SIGBUS.
+    """
     images = len(views.images)
     items = [(0, index) for index in range(images)]
     workers = reading_processes(request.workers, network.device)
     at_once = IMAGES_AT_ONCE[network.device.type] * distributed.size()
-    first = 0
     with (
         Progress(images, f"features of {what}", quiet=request.quiet) as progress,
         ExitStack() as stack,
@@ -419,15 +421,13 @@ def _compute(
                 value = found[source].cpu().numpy()
                 if distributed.rank() == 0 and source not in files:
                     temporary = stack.enter_context(atomic_write(path))
+                    files[source] = stack.enter_context(temporary.open("wb"))
+                    header = npy.header_data_from_array_1_0(value)
                     shape = (images, value.shape[1])
-                    files[source] = open_memmap(temporary, "w+", np.float32, shape)
+                    npy.write_array_header_1_0(files[source], header | {"shape": shape})
                 if distributed.rank() == 0:
-                    files[source][first : first + len(value)] = value
-            count = len(next(iter(found.values())))
-            first += count
-            progress.add(count)
-        for file in files.values():
-            file.flush()
+                    files[source].write(np.ascontiguousarray(value).data)
+            progress.add(len(next(iter(found.values()))))
 
 
 def _cache_keys(

@@ -1,6 +1,10 @@
 """End-to-end fine-tuning: backbone and classifier trained together (MoCo, Sec. 4.2 and appendix).
 
-Legend: B: images of a batch; S: side of an image, px; C: classes.
+Any number of processes take the same steps, up to rounding: gradients and the statistics of batch
+norm are those of the whole batch, whatever each one's share of it.
+
+Legend: B: images of a batch; b: this process's share of them; W: processes; S: side of an image,
+px; C: classes.
 """
 
 import copy
@@ -8,7 +12,7 @@ import hashlib
 import math
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,20 @@ from torch.nn.functional import cross_entropy
 from convert.backbone import Backbone
 from convert.errors import Stopped, StopRequest, UserError
 from convert.facts import EXTRA_KEY
-from convert.files import atomic_write
+from convert.files import write_torch
 from convert.progress import Progress
+from pretrain import distributed
+from pretrain.norm import synchronise_norms
 from pretrain.views import epoch_order, generator
 from pretrain.workers import watched
-from transfer.classification.features import IMAGES_AT_ONCE, Views, reading_processes
+from transfer.classification.features import (
+    IMAGES_AT_ONCE,
+    Broken,
+    Item,
+    Views,
+    in_batches,
+    reading_processes,
+)
 from transfer.classification.few_labels import labelled
 from transfer.classification.heads import INIT_STD, TRAIN_VIEW
 from transfer.classification.probe import Probe
@@ -49,9 +62,10 @@ class FinetuneConfig(ProbeConfig):
     Attributes:
         labels: empty: all training images; `1%`: that share of each class, drawn from the seed; or
             a file that lists images, as SimCLR's.
-        bn: `tuned`: batch norm learns and keeps statistics of its own; `frozen`: it stays as the
-            checkpoint has it, weights and statistics.
-        batch_size: of SGD. A last batch of one image is left out: it has no variance.
+        bn: `tuned`: batch norm learns and keeps statistics of its own, those of whole batches over
+            all processes; `frozen`: it stays as the checkpoint has it, weights and statistics.
+        batch_size: of SGD, over all processes. A last batch of one image is left out: it has no
+            variance.
         epochs: length.
         lr: initial learning rate. head_lr: the classifier's own; 0: the same.
         decay: `step`: to a tenth at each epoch of `schedule`; `cos`: half a cosine, step by step.
@@ -101,10 +115,13 @@ def evaluate(config: FinetuneConfig, request: Request) -> dict[str, Any]:
         UserError: bad input, a diverging loss, or an output folder in use.
         Stopped: a signal came; the checkpoint is written.
     """
-    if request.resume not in (None, "auto"):
-        raise UserError("--resume FILE: name the run by --output-dir, and use --resume alone")
     if config.precision != "fp32":
         raise UserError(f"precision is '{config.precision}', fine-tuning runs in fp32")
+    if config.batch_size < distributed.size():
+        raise UserError(
+            f"batch_size is {config.batch_size} for {distributed.size()} processes, want an image "
+            "for each"
+        )
     probe = Probe("finetune", config, request, _protocol)
     places = {s: labelled(probe.sets.train, config.labels, s) for s in config.all_seeds}
     done = probe.finished()
@@ -130,6 +147,11 @@ def _one_seed(
             )
         tuning.restore(file, identity)
         probe.request.say(f"resumed {file} at step {tuning.step} of {tuning.steps}")
+    if distributed.agree(tuning.step) != tuning.step:
+        raise UserError(
+            f"{file}: another process found one that is further; want an --output-dir that all "
+            "processes share"
+        )
     pixels = backbone.facts.pixels
     views = Views(probe.sets.train, config, pixels, TRAIN_VIEW, seed)
     workers = reading_processes(probe.request.workers, probe.device)
@@ -153,7 +175,7 @@ class Tuning:
         device: where it runs.
 
     Attributes:
-        network: (B, 3, S, S) -> (B, C). step, steps: done, and of the whole run.
+        network: (b, 3, S, S) -> (b, C). step, steps: done, and of the whole run.
     """
 
     def __init__(
@@ -171,12 +193,14 @@ class Tuning:
         network.fc = nn.Linear(_width(backbone), num_classes)
         nn.init.normal_(network.fc.weight, 0.0, INIT_STD, generator=generator(seed, "fc"))
         nn.init.zeros_(network.fc.bias)
-        self.network: nn.Module = network.to(device, memory_format=torch.channels_last)
-        self.network.requires_grad_(True)
+        network.requires_grad_(True)
         self.norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         if config.bn == "frozen":
             for norm in self.norms:
                 norm.requires_grad_(False)
+        elif distributed.size() > 1:
+            network = synchronise_norms(network, device)
+        self.network: nn.Module = network.to(device, memory_format=torch.channels_last)
         head = list(network.fc.parameters())
         own = {id(p) for p in head}
         body = [p for p in network.parameters() if p.requires_grad and id(p) not in own]
@@ -187,6 +211,7 @@ class Tuning:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
+        self.averages = distributed.Averages([*body, *head], [])
         spare = images % config.batch_size == 1
         self.steps_per_epoch = math.ceil(images / config.batch_size) - spare
         if not self.steps_per_epoch:
@@ -221,47 +246,65 @@ class Tuning:
         self._train_mode()
         written, total, count = time.monotonic(), 0.0, 0
         for images, labels in self._batches(views, places, workers):
-            loss = self._take_step(images, labels)
+            size = self._batch_size()
+            loss = self._take_step(images, labels, size)
             self.step += 1
-            total, count = total + loss * len(labels), count + len(labels)
+            total, count = total + loss * size, count + size
             noted = self.step % self.config.print_freq == 0
-            shown.add(len(labels), f"loss {loss:.4g}" if noted else "")
+            shown.add(size, f"loss {loss:.4g}" if noted else "")
             if self.step % self.steps_per_epoch == 0:
                 self.history.append(
                     {"epoch": self.step // self.steps_per_epoch, "loss": total / count}
                 )
                 total, count = 0.0, 0
             over = time.monotonic() - written > SECONDS_BETWEEN
-            if over or stop.signum is not None or self.step == self.steps:
+            stopping = distributed.agree(stop.signum or 0)
+            if over or stopping or self.step == self.steps:
                 self.save(file, identity)
                 written = time.monotonic()
-            if stop.signum is not None and self.step < self.steps:
-                raise Stopped(stop.signum)
+            if stopping and self.step < self.steps:
+                raise Stopped(stopping)
 
     def _batches(
         self, views: Views, places: tuple[int, ...], workers: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's share of each batch: images (b, 3, S, S) and classes (b,)."""
         size, per_epoch = self.config.batch_size, self.steps_per_epoch
+        nothing = torch.zeros(0, 3, views.image_size, views.image_size), torch.zeros(0).long()
         for epoch in range(self.step // per_epoch, self.config.epochs):
             order = epoch_order(len(places), self.seed, epoch)[: per_epoch * size].tolist()
             first = self.step - epoch * per_epoch  # of a run that is gone on with
             items = [(epoch, places[index]) for index in order[first * size :]]
-            yield from views.batches(items, size, self.device, workers)
+            shares = [_share(batch) for batch in in_batches(items, size)]
+            read = views.read([own for own in shares if own], self.device, workers)
+            for own in shares:
+                batch = next(read) if own else nothing
+                if isinstance(batch, Broken):
+                    raise batch.error()
+                yield batch
 
-    def _take_step(self, images: Tensor, labels: Tensor) -> float:
+    def _batch_size(self) -> int:
+        """Return B of the step that comes: the last batch of an epoch may be smaller."""
+        size = self.config.batch_size
+        return min(size, self.images - self.step % self.steps_per_epoch * size)
+
+    def _take_step(self, images: Tensor, labels: Tensor, batch_size: int) -> float:
+        """Take a step on this process's share of a batch; return the loss of all of it."""
         factor = self.config.factor(self.step / self.steps_per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         moved = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        loss = cross_entropy(self.network(moved), labels.to(self.device))
-        value = loss.item()
+        total = cross_entropy(self.network(moved), labels.to(self.device), reduction="sum")
+        value = distributed.add_up(total.detach()).item() / batch_size
         if not math.isfinite(value):
             raise UserError(
                 f"finetune: the loss is {value} at step {self.step + 1} (learning rate "
                 f"{self.config.lr * factor:.3g}); lower --lr"
             )
-        self.optimizer.zero_grad()
-        loss.backward()
+        self.averages.clear()
+        # The processes' gradients are averaged: W times each one's share makes their sum.
+        (total * distributed.size() / batch_size).backward()
+        self.averages.average()
         self.optimizer.step()
         return value
 
@@ -273,10 +316,14 @@ class Tuning:
 
     @torch.no_grad()
     def judge(self, views: Views, workers: int) -> dict[str, float]:
-        """Return top-1 and top-5 (with fewer than five classes, top-all) of test views, percent."""
+        """Return top-1 and top-5 (with fewer than five classes, top-all) of test views, percent.
+
+        Each image is seen once, by one process of all.
+        """
         self.network.eval()
         right1 = right5 = 0
-        items = [(0, index) for index in range(len(views.images))]
+        count = len(views.images)
+        items = [(0, index) for index in range(distributed.rank(), count, distributed.size())]
         at_once = IMAGES_AT_ONCE[self.device.type]
         for images, labels in views.batches(items, at_once, self.device, workers):
             moved = images.to(self.device, memory_format=torch.channels_last)
@@ -284,11 +331,13 @@ class Tuning:
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
             right1 += int(hits[:, 0].sum())
             right5 += int(hits.any(dim=1).sum())
-        count = len(items)
+        right1, right5 = distributed.add_up(torch.tensor([right1, right5])).tolist()
         return {"finetune/top1": 100 * right1 / count, "finetune/top5": 100 * right5 / count}
 
     def save(self, file: Path, identity: dict[str, Any]) -> None:
         """Write the checkpoint: the reference's keys, and ours under one extra key."""
+        if distributed.rank() > 0:
+            return
         ours = {"step": self.step, "history": self.history, "identity": identity}
         state = {k: v.detach().cpu() for k, v in self.network.state_dict().items()}
         content = {
@@ -298,8 +347,7 @@ class Tuning:
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             EXTRA_KEY: ours,
         }
-        with atomic_write(file) as temporary:
-            torch.save(content, temporary)
+        write_torch(file, content)
 
     def restore(self, file: Path, identity: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same run.
@@ -318,6 +366,12 @@ class Tuning:
             raise UserError(f"{file}: is no checkpoint of this run; remove it") from error
         except pickle.UnpicklingError as error:
             raise UserError(f"{file}: cannot be read; it is cut short; remove it") from error
+
+
+def _share(batch: Sequence[Item]) -> Sequence[Item]:
+    """Return this process's part of a batch; of a small one it may be empty."""
+    rank, size = distributed.rank(), distributed.size()
+    return batch[rank * len(batch) // size : (rank + 1) * len(batch) // size]
 
 
 def _width(backbone: Backbone) -> int:

@@ -18,7 +18,7 @@ import torch
 from convert.backbone import Backbone, weights_digest
 from convert.errors import UserError
 from convert.facts import EXTRA_KEY
-from convert.files import atomic_write, write_text
+from convert.files import write_text, write_torch
 from pretrain import distributed
 from transfer.classification.grid import Grid
 from transfer.classification.heads import Head, Standardizer
@@ -81,8 +81,7 @@ class HeadFile:
             "optimizer": latest["optimizer"],
             EXTRA_KEY: ours,
         }
-        with atomic_write(self.path) as temporary:
-            torch.save(content, temporary)
+        write_torch(self.path, content)
         log = "".join(json.dumps(entry) + "\n" for entry in latest["history"])
         write_text(self.path.with_name(LOG_NAME), log)
         self.written = time.monotonic()

@@ -76,7 +76,8 @@ class LinearConfig(ProbeConfig):
             of the training images, and report it beside the fixed protocol.
         grid_lr, grid_weight_decay: the grid's. grid_features: where its features are taken, words
             as of `stage`.
-        grid_held_out: share of the training images that the choice is made on.
+        grid_held_out: share of the training images that the choice is made on, where the set's
+            makers name no validation part.
     """
 
     features: str = "augmented"

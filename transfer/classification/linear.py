@@ -66,13 +66,8 @@ def evaluate(config: LinearConfig, request: Request, only_score: bool = False) -
     if only_score and request.resume is None:
         raise UserError("--evaluate needs the trained classifier: --resume, or --resume FILE")
     probe = Probe("linear", config, request, _protocol)
-    if probe.num_classes < 2:
-        raise UserError(
-            f"images {probe.data['name']}: has one class, '{probe.sets.train.classes[0]}'; want "
-            "two or more to tell apart"
-        )
     if not only_score:
-        done = probe.finished(may_change=("epochs",))
+        done = probe.finished(may_change=("epochs",), from_file=True)
         if done is not None:
             _refuse_unscored(probe, done)
             return done
@@ -170,7 +165,7 @@ def _sets(probe: Probe, config: LinearConfig, network: FrozenNetwork, seed: int)
         batches = augmented_batches(network, views, config.batch_size, workers)
     places, held = torch.zeros(0, dtype=torch.int64), {}
     if config.grid:
-        places = held_out(probe.sets.train.labels, config.grid_held_out, seed)
+        places = held_places(probe, config, seed)
         held = {source: features.take(places) for source, features in train.items()}
         held = held or probe.features_of(network, Part.of(probe.sets.train, places), "held out")
     if not config.standardize:
@@ -179,6 +174,28 @@ def _sets(probe: Probe, config: LinearConfig, network: FrozenNetwork, seed: int)
     scale = {source: Standardizer.of(features.values) for source, features in train.items()}
     val, held = ({s: scale[s].features(f) for s, f in found.items()} for found in (val, held))
     return _Sets(standardized(batches, scale[config.stage], scale), val, held, places, scale)
+
+
+def held_places(probe: Probe, config: LinearConfig, seed: int) -> Tensor:
+    """Return which training images a choice is made on: those that the set's makers named, or some.
+
+    Raises:
+        UserError: nothing can be held out, or nothing of a class would be left to learn from.
+    """
+    apart, labels = probe.sets.apart, torch.tensor(probe.sets.train.labels)
+    if not apart:
+        return held_out(labels, config.grid_held_out, seed)
+    places = torch.tensor(apart)
+    learnt = torch.ones(len(labels), dtype=torch.bool)
+    learnt[places] = False
+    missing = sorted(set(labels.tolist()) - set(labels[learnt].tolist()))
+    if missing:
+        name = probe.sets.train.classes[missing[0]]
+        raise UserError(
+            f"images {probe.sets.name}: every training image of class '{name}' is in the set's own "
+            "validation part; nothing of it is left to learn from"
+        )
+    return places
 
 
 def _grid(probe: Probe, config: LinearConfig, sets: _Sets, seed: int) -> Grid:
@@ -295,6 +312,6 @@ def _grid_protocol(config: LinearConfig) -> dict[str, Any]:
         "grid_lr": list(config.grid_lr),
         "grid_weight_decay": list(config.grid_weight_decay),
         "grid_features": list(config.grid_features),
-        "grid_selection": f"top-1 on {config.grid_held_out:g} of each class's training images, "
-        "refitted on all",
+        "grid_selection": "top-1 on the set's own validation part, where it has none on "
+        f"{config.grid_held_out:g} of each class's training images, refitted on all",
     }

@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from convert.errors import UserError
 from convert.progress import Progress
 from pretrain.views import generator
+from transfer.classification.features import Features
 from transfer.classification.probe import Probe
 from transfer.classification.published_sets import TaggedImages
 from transfer.classification.request import (
@@ -28,12 +29,9 @@ from transfer.classification.request import (
     require_at_least,
     require_one_of,
 )
-from transfer.classification.support_vectors import (
-    DIFFICULT,
-    PRESENT,
-    mean_average_precision,
-)
+from transfer.classification.support_vectors import mean_average_precision
 from transfer.classification.svm import tags_of
+from transfer.classification.tags import ABSENT, DIFFICULT, PRESENT
 
 METRICS = ("top1", "mean_per_class", "mAP")
 AUTO = "auto"
@@ -157,23 +155,19 @@ def evaluate(config: LogisticConfig, request: Request) -> dict[str, Any]:
     done = probe.finished()
     if done is not None:
         return done
-    per_seed = []
-    for seed in config.all_seeds:
-        network = probe.network(seed)
-        x = probe.train_features(network).values.double().numpy()
-        test = probe.val_features(network).values.double().numpy()
-        network.prove_unmoved()
+
+    def one_seed(seed: int, train: Features, val: Features) -> dict[str, float]:
+        x, test = train.values.double().numpy(), val.values.double().numpy()
         learnt, apart = splits[seed]
         with Progress(config.l2_values, "logreg", "fit", quiet=request.quiet) as progress:
             l2, best = choose(x, answers, learnt, apart, config, metric, lambda: progress.add(1))
         final = Regression(config.max_iter)
         final.fit(x, answers, l2)
         request.say(f"seed {seed}: l2 {l2:.3g} chosen, {metric} {best:.2f} on the images set apart")
-        found = final.score(test, test_answers)
-        per_seed.append(
-            {f"logreg/{k}": v for k, v in found.items()} | {"logreg/log10_l2": math.log10(l2)}
-        )
-    return probe.write(per_seed, request.output_dir)
+        found = {f"logreg/{k}": v for k, v in final.score(test, test_answers).items()}
+        return found | {"logreg/log10_l2": math.log10(l2)}
+
+    return probe.measure(one_seed)
 
 
 def choose(
@@ -217,13 +211,15 @@ def _split(
     if not len(apart):
         apart = draw_apart(answers, config.apart, seed)
     learnt = np.setdiff1d(np.arange(len(answers.tags)), apart)
-    for part in (learnt, apart):
-        seen = (answers.tags[part] == PRESENT).any(axis=0)
+    words = {PRESENT: "of", ABSENT: "without"}
+    absent = answers.several  # a regression for each class wants images without it too
+    for part, wanted in ((learnt, PRESENT), (apart, PRESENT), *([(learnt, ABSENT)] * absent)):
+        seen = (answers.tags[part] == wanted).any(axis=0)
         if not seen.all():
             name = probe.sets.train.classes[int(np.flatnonzero(~seen)[0])]
             raise UserError(
-                f"images {probe.sets.name}: class '{name}' has too few training images to learn "
-                "from some and choose l2 on others; want two or more"
+                f"images {probe.sets.name}: too few training images {words[wanted]} class '{name}' "
+                "to learn from some and choose l2 on others; want two or more"
             )
     return learnt, apart
 

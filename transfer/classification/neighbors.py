@@ -180,18 +180,15 @@ def evaluate(config: KnnConfig, request: Request) -> dict[str, Any]:
     done = probe.finished()
     if done is not None:
         return done
-    per_seed = []
-    for seed in config.all_seeds:
-        network = probe.network(seed)
-        bank, queries = probe.train_features(network), probe.val_features(network)
-        network.prove_unmoved()
+
+    def one_seed(seed: int, bank: Features, queries: Features) -> dict[str, float]:
         if size < images:
             drawn = torch.randperm(images, generator=generator(seed, "bank"))[:size]
             bank = bank.take(drawn.sort().values)
         protocol = (config.k, config.temperature, probe.num_classes)
-        found = knn_accuracies(bank, queries, *protocol, probe.device, config.memory_mib)
-        per_seed.append(found)
-    return probe.write(per_seed, request.output_dir)
+        return knn_accuracies(bank, queries, *protocol, probe.device, config.memory_mib)
+
+    return probe.measure(one_seed)
 
 
 def _refuse_large_k(config: KnnConfig, size: int, images: int) -> None:

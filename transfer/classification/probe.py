@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.backbone import RANDOM
+from convert.errors import UserError
 from pretrain import distributed
 from pretrain.config import as_dict, load_config
 from pretrain.sources import ImageList
@@ -61,6 +62,11 @@ class Probe:
         self.sets = open_sets(request.folder, tagged=tagged)
         self.data = self.sets.as_dict()
         self.num_classes = len(self.sets.train.classes)
+        if self.num_classes < 2:
+            raise UserError(
+                f"images {self.data['name']}: has one class, '{self.sets.train.classes[0]}'; want "
+                "two or more to tell apart"
+            )
         self.shifted = open_shifted(request.also_test, self.sets.train.classes)
         self.backbone = open_backbone(request, config.seed)
         self.checkpoint = json.loads(json.dumps(self.backbone.facts.as_dict()))
@@ -76,15 +82,20 @@ class Probe:
             **({"seeds": self.config.seeds} if seed is None else {}),
         }
 
-    def finished(self, may_change: Collection[str] = ()) -> dict[str, Any] | None:
+    def finished(
+        self, may_change: Collection[str] = (), *, from_file: bool = False
+    ) -> dict[str, Any] | None:
         """Return the record of this very run, if the output folder holds it and may be resumed.
 
         Args:
             may_change: keys that a resumed run may have other values of.
+            from_file: whether a run goes on from any file that --resume names.
 
         Raises:
             UserError: the folder cannot be written, or holds another run.
         """
+        if not from_file and self.request.resume not in (None, "auto"):
+            raise UserError("--resume FILE: name the run by --output-dir, and use --resume alone")
         done = claim_folder(self.request, self.identity(), may_change)
         say, facts, data = self.request.say, self.backbone.facts, self.data
         images = f"{data['train']['images']} train and {data['val']['images']} val images"
@@ -137,6 +148,28 @@ class Probe:
         """Return the features of the validation images' test views."""
         return self.all_val_features(network)[network.stage]
 
+    def measure(
+        self, one_seed: Callable[[int, Features, Features], Mapping[str, float]]
+    ) -> dict[str, Any]:
+        """Measure each seed's frozen features and write `results.json`.
+
+        Several processes compute features together; the first one does the rest alone.
+
+        Args:
+            one_seed: (seed, training features, validation features) -> its metrics.
+
+        Returns:
+            The record; empty on other processes than the first.
+        """
+        features = []
+        for seed in self.config.all_seeds:
+            network = self.network(seed)
+            features.append((seed, self.train_features(network), self.val_features(network)))
+            network.prove_unmoved()
+        if distributed.rank() > 0:
+            return {}
+        return self.write([one_seed(*found) for found in features], self.request.output_dir)
+
     def write(self, per_seed: Sequence[Mapping[str, float]], folder: Path) -> dict[str, Any]:
         """Write `results.json` into a folder and return it."""
         return write_results(
@@ -146,7 +179,8 @@ class Probe:
             per_seed=per_seed,
             protocol=self.protocol,
             recipe=self.recipe,
-            config=as_dict(self.config) | {"device": str(self.device)},
+            config=as_dict(self.config)
+            | {"device": str(self.device), "processes": distributed.size()},
             checkpoint=self.checkpoint,
             data=self.data | ({"also_test": describe(self.shifted)} if self.shifted else {}),
             started=self.started,

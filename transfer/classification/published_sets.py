@@ -19,8 +19,8 @@ from convert.errors import UserError
 from convert.reading import read_file
 from pretrain.sources import ImageList, image_folder
 from pretrain.views import generator
+from transfer.classification.tags import ABSENT, DIFFICULT, PRESENT
 
-PRESENT, DIFFICULT, ABSENT = 1, 0, -1  # of a class in an image, as in VOC's own files
 CALTECH_TRAIN = 30  # images a class, drawn; the rest is judged (SimCLR, arXiv:2002.05709, B.8.1)
 CALTECH_BACKGROUND = "BACKGROUND_Google"
 

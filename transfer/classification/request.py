@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 import argparse
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Request:
     branch: str | None = None
     pixels: str | None = None
     stride_in_1x1: str | None = None
-    also_test: tuple[Path, ...] = ()
+    also_test: Sequence[Path] = ()
     tensorboard: bool = False
 
     def recipe_name(self, task: str) -> str:
@@ -162,8 +162,24 @@ def add_flags(
     add("--device", metavar="NAME", help="cpu or cuda (default: the best at hand)")
 
 
+def add_training_flags(
+    parser: argparse.ArgumentParser, lr: str, schedule: str, weight_decay: str
+) -> None:
+    """Add the flags of a protocol that trains by SGD; the words are its defaults."""
+    add = parser.add_argument
+    add("-b", "--batch-size", type=int, metavar="N", help="of all processes (default: 256)")
+    add("--epochs", type=int, metavar="N", help="default: 100")
+    add("--lr", "--learning-rate", type=float, metavar="LR", dest="lr", help=f"default: {lr}")
+    steps = f"epochs of lr / 10 (default: {schedule})"
+    add("--schedule", type=int, nargs="*", metavar="N", help=steps)
+    add("--momentum", type=float, metavar="M", help="of SGD (default: 0.9)")
+    decay = f"default: {weight_decay}"
+    add("--wd", "--weight-decay", type=float, metavar="W", dest="weight_decay", help=decay)
+    add("-p", "--print-freq", type=int, metavar="N", help="steps between notes (default: 10)")
+
+
 def flags_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the parsed flags that are keys of a config."""
+    """Return the parsed flags that are keys of a config, or fields of a request."""
     keys = {key.name for key in dataclasses.fields(kind)}
     return {key: value for key, value in vars(args).items() if key in keys}
 
@@ -173,7 +189,7 @@ def read_request(args: argparse.Namespace, task: str) -> tuple[Request, list[str
 
     Args:
         args: what a parser with `add_flags` read.
-        task: `linear` or `knn`: the folder under `output/`.
+        task: `linear`, `knn`: the folder under `output/`.
 
     Raises:
         UserError: no checkpoint was named, or a flag's value makes no sense.
@@ -185,21 +201,8 @@ def read_request(args: argparse.Namespace, task: str) -> tuple[Request, list[str
     folder, pairs = split_words(args.words)
     recipe = args.config.stem if args.config else "defaults"
     default = Path("output") / task / recipe / checkpoint_stem(args.pretrained)
-    request = Request(
-        pretrained=args.pretrained,
-        arch=args.arch,
-        folder=folder,
-        output_dir=args.output_dir or default,
-        recipe=args.config,
-        resume=args.resume,
-        device=args.device,
-        workers=args.workers,
-        quiet=args.quiet,
-        branch=args.branch,
-        pixels=args.pixels,
-        stride_in_1x1=args.stride_in_1x1,
-    )
-    return request, pairs
+    own = {"folder": folder, "output_dir": args.output_dir or default, "recipe": args.config}
+    return Request(**flags_of(Request, args) | own), pairs
 
 
 def checkpoint_stem(source: str) -> str:

@@ -17,7 +17,8 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
-PRESENT, DIFFICULT, ABSENT = 1, 0, -1  # of a class in an image
+from transfer.classification.tags import ABSENT, DIFFICULT, PRESENT
+
 NORM_FLOOR = 1e-5  # added to a feature's length before it is divided by
 
 

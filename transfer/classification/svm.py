@@ -27,9 +27,6 @@ from transfer.classification.request import (
     require_one_of,
 )
 from transfer.classification.support_vectors import (
-    ABSENT,
-    DIFFICULT,
-    PRESENT,
     Machine,
     draw_few,
     few_scores,
@@ -38,6 +35,7 @@ from transfer.classification.support_vectors import (
     train_all,
     unit_length,
 )
+from transfer.classification.tags import ABSENT, DIFFICULT, PRESENT
 
 # Goyal et al.: 2^-19 to 2^-4 and 10^-7 to 10^2.
 COSTS = tuple(sorted([0.5**n for n in range(4, 20)] + [10.0**n for n in range(-7, 3)]))
@@ -105,17 +103,15 @@ def evaluate(config: SvmConfig, request: Request) -> dict[str, Any]:
     done = probe.finished()
     if done is not None:
         return done
-    per_seed = []
-    for seed in config.all_seeds:
-        network = probe.network(seed)
-        train, val = probe.train_features(network), probe.val_features(network)
-        network.prove_unmoved()
+
+    def one_seed(seed: int, train: Features, val: Features) -> dict[str, float]:
         kept = np.arange(len(tags))
         if config.seeds > 1:
             kept = share_of(tags, TRAIN_SHARE, _least(config), seed)
-        per_seed.append(_one_seed(probe, config, seed, train, val, kept, tags, test_tags))
-    record = probe.write(per_seed, request.output_dir)
-    if config.low_shot:
+        return _one_seed(probe, config, seed, train, val, kept, tags, test_tags)
+
+    record = probe.measure(one_seed)
+    if config.low_shot and record:
         _draw_curve(config.low_shot, record, request.output_dir)
     return record
 
@@ -246,6 +242,13 @@ def _refuse_few(config: SvmConfig, tags: np.ndarray, classes: Sequence[str]) -> 
     where = f"class '{classes[rarest]}' has {counts[rarest]} training images"
     if counts[rarest] < config.folds:
         raise UserError(f"{where}, and cross-validation in {config.folds} folds wants one a fold")
+    others = (tags == ABSENT).sum(axis=0)
+    fullest = int(others.argmin())
+    if others[fullest] < config.folds:
+        raise UserError(
+            f"class '{classes[fullest]}' is absent from {others[fullest]} training images, and "
+            f"cross-validation in {config.folds} folds wants one a fold"
+        )
     if config.low_shot and counts[rarest] < max(config.low_shot):
         raise UserError(f"{where}, fewer than low_shot {max(config.low_shot)}; name smaller ones")
     if config.low_shot and counts.max() <= max(config.low_shot):

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from convert.backbone import Backbone
 from convert.errors import UserError
-from pretrain.norm import GlobalBatchNorm
 
 HEAD_CHANNELS = 256
 HEAD_DILATION = 6
@@ -67,22 +66,6 @@ def dilate_conv5(resnet: Any) -> None:
             if module.kernel_size == (3, 3):
                 module.dilation = (CONV5_DILATION, CONV5_DILATION)
                 module.padding = (CONV5_DILATION, CONV5_DILATION)
-
-
-def synchronise_norms(network: nn.Module, device: torch.device) -> nn.Module:
-    """Let every batch norm take its statistics from all processes' images."""
-    if device.type == "cuda":
-        synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return synchronised
-    for name, child in network.named_children():
-        if type(child) is nn.BatchNorm2d:
-            norm = GlobalBatchNorm(child.num_features)
-            norm.load_state_dict(child.state_dict())
-            norm.eps, norm.momentum = child.eps, child.momentum
-            setattr(network, name, norm)
-        else:
-            synchronise_norms(child, device)
-    return network
 
 
 def _head(width: int, num_classes: int) -> nn.Sequential:

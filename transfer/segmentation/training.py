@@ -15,17 +15,18 @@ from torch.nn import functional
 
 from convert.backbone import Backbone
 from convert.errors import Stopped, StopRequest, UserError
-from convert.files import atomic_write
+from convert.files import write_torch
 from convert.progress import Progress
 from pretrain import distributed
 from pretrain.config import as_dict, load_config
+from pretrain.norm import synchronise_norms
 from pretrain.workers import load, watched
 from transfer.classification.features import open_backbone, pick_device
 from transfer.classification.request import Request, claim_folder, refuse_other_run
 from transfer.results import name_recipe, write_results
 from transfer.segmentation.config import SegmentationConfig
 from transfer.segmentation.crops import Crops, Places, normalised
-from transfer.segmentation.network import Fcn, synchronise_norms
+from transfer.segmentation.network import Fcn
 from transfer.segmentation.scoring import Confusion
 from transfer.segmentation.sets import IGNORED, Pairs, open_pairs
 
@@ -140,8 +141,7 @@ class Run:
             "iteration": self.iteration,
             "identity": dict(identity),
         }
-        with atomic_write(path) as temporary:
-            torch.save(content, temporary)
+        write_torch(path, content)
 
     def resume(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Go on from a file that `save` wrote.
