@@ -21,11 +21,19 @@ from convert.files import ROOT
 from pretrain.figures import KEYPOINTS, figures_root
 from tests.detectors import CONFIGS, NARROW, load, read_few
 from tests.own_sets import SIDE, keypoint_content, write_coco
-from tests.test_coco_metric import SIGMAS
+from tests.test_coco_metric import BOTH, SIGMAS
 from tests.test_evaluation import Oracle
 from tests.test_train_net import refusal, start
 from transfer import train_net
-from transfer.detection import album, data_check, datasets, evaluation, keypoints, weights
+from transfer.detection import (
+    album,
+    coco_metric,
+    data_check,
+    datasets,
+    evaluation,
+    keypoints,
+    weights,
+)
 
 # Detectron2 makes its keypoints of a list of arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy")
@@ -237,6 +245,23 @@ def test_keypoints_made_by_hand_have_the_number_worked_out_by_hand(tmp_path: Pat
         "coco/keypoint_AP75": pytest.approx(half),
     }
     assert list(found.details["per_class"]["coco/keypoint_AP"]) == ["person"]
+
+
+@pytest.mark.parametrize("evaluator", BOTH)
+def test_keypoints_of_ones_own_are_measured_with_their_own_sigmas(evaluator: str) -> None:
+    content, sigmas = keypoint_content(FIVE), np.array([0.03, 0.05, 0.05, 0.1, 0.2])
+    points = np.reshape(content["annotations"][0]["keypoints"], (-1, 3)).astype(float)
+    moved = points + np.array([2.0, 0, 0])
+    found = [
+        {"image_id": image, "category_id": 1, "score": score, "keypoints": part.ravel().tolist()}
+        for image, score, part in ((1, 0.9, points), (2, 0.8, moved))
+    ]
+    measured = coco_metric.measure(content, found, "keypoints", evaluator, sigmas.tolist())
+    likeness = np.exp(-(2.0**2) / (2 * 400.0 * (2 * sigmas) ** 2)).mean()  # 0.663
+    passed = int((likeness >= np.arange(50, 100, 5) / 100).sum())
+    numbers = measured.percent("keypoints")
+    assert numbers["AP"] == pytest.approx(10 * (passed + (10 - passed) * 51 / 101))
+    assert numbers["AP75"] == pytest.approx(100 * 51 / 101)
 
 
 def test_a_perfect_detector_scores_a_hundred_and_one_beside_the_joints_nothing() -> None:
