@@ -42,9 +42,9 @@ def test_importing_datasets_does_not_import_detectron2_or_torch() -> None:
     assert done.stdout == "set()\n"
 
 
-def test_naming_the_embedded_scenes_builds_nothing(tmp_path, monkeypatch) -> None:
+def test_naming_the_embedded_sets_builds_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MOCO_TRANSFER_CACHE", str(tmp_path / "cache"))
-    assert datasets.missing_files(list(datasets.EMBEDDED)) == []
+    assert datasets.missing_files([*datasets.EMBEDDED, *datasets.FIGURES]) == []
     assert not (tmp_path / "cache").exists()
 
 

@@ -1,8 +1,8 @@
 """Detection data: names -> files -> records, checked before anything heavy begins.
 
 Three kinds of names stand in DATASETS.TRAIN and DATASETS.TEST. Detectron2 knows COCO, VOC, LVIS and
-Cityscapes by name, below the folder in `DETECTRON2_DATASETS`. The embedded scenes have names of
-their own; they are built when one of them is asked for. And a name that is a path is one's own set:
+Cityscapes by name, below the folder in `DETECTRON2_DATASETS`. The embedded scenes and the drawn
+figures have names of their own; they are built when one is asked for. And a name that is a path is one's own set:
 a COCO file and its image folder, `annotations.json:images/`, or a folder in VOC's layout and one of
 its lists, `VOC2007:trainval`; its classes are read from it.
 

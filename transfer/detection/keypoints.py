@@ -38,9 +38,10 @@ def prepare(cfg: CfgNode, names: Sequence[str]) -> tuple[str, ...]:
         UserError: a file names no keypoints, others than another or than Detectron2 knows of its
             set, or not as many as the recipe's detector finds.
     """
-    first = _names(names[0])
-    for name in names:
-        meta, found = MetadataCatalog.get(name), _names(name)
+    lists = {name: _names(name) for name in names}
+    first = lists[names[0]]
+    for name, found in lists.items():
+        meta = MetadataCatalog.get(name)
         check_same(names[0], first, name, found)
         known = meta.get("keypoint_names")
         if known is not None:
