@@ -684,7 +684,8 @@ def write_cityscapes(root: Path, scenes: Scenes, recipe: Recipe) -> None:
             }
             for kind, image in images.items():
                 folder = root / "cityscapes" / kind.split("_")[0] / split / "digits"
-                image.save(_ready(folder / f"digits_{scene.image_id:06d}_000019_{kind}.png"))
+                file = folder / f"digits_{scene.image_id:06d}_000019_{kind}.png"
+                image.save(_ready(file), compress_level=1)  # photographs hardly shrink
 
 
 def _city_ids(scene: Scene) -> NDArray[np.int64]:

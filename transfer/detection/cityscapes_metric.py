@@ -7,7 +7,7 @@ overlaps one by more than the threshold does not count, nor does one that lies m
 threshold, on these and on pixels without a label. AP is the mean over thresholds and classes.
 
 cityscapesScripts itself is no dependency: it compares files in folders that it finds by global
-variables, fails on NumPy 2.4 and brings ten more packages. `tests/cityscapes_package.py` compares
+variables, fails on NumPy 2.4 and brings nine more packages. `tests/cityscapes_package.py` compares
 the two. One case differs, as it fails there: where every detection of a class is ignored, AP is 0.
 
 Legend: H, W: height and width; N: objects and groups of a class in an image; D: detections of it.

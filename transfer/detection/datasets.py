@@ -2,9 +2,9 @@
 
 Three kinds of names stand in DATASETS.TRAIN and DATASETS.TEST. Detectron2 knows COCO, VOC, LVIS and
 Cityscapes by name, below the folder in `DETECTRON2_DATASETS`. The embedded scenes and the drawn
-figures have names of their own; they are built when one is asked for. And a name that is a path is one's own set:
-a COCO file and its image folder, `annotations.json:images/`, or a folder in VOC's layout and one of
-its lists, `VOC2007:trainval`; its classes are read from it.
+figures have names of their own; they are built when one is asked for. And a name that is a path is
+one's own set: a COCO file and its image folder, `annotations.json:images/`, or a folder in VOC's
+layout and one of its lists, `VOC2007:trainval`; its classes are read from it.
 
 Detectron2 is imported only inside functions, so that everything else works without it.
 """
