@@ -39,8 +39,8 @@ WORDS = [
 def start(out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, ROOT / "benchmarks/suite.py", "--output-dir", out, *WORDS]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    log = out.with_suffix(".log").open("a")
-    return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment)
+    with out.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment)
 
 
 def children(process: int) -> list[int]:
