@@ -96,6 +96,8 @@ def test_the_costs_are_the_papers():
         (["folds", "1"], "folds is 1, want at least 2"),
         (["difficult", "often"], "difficult is 'often', want one of ignored, negative"),
         (["positive_weight", "nan"], "positive_weight is nan"),
+        (["costs", "1,nan"], "costs is [1.0, nan], want numbers above 0"),
+        (["--seed", "-1"], "seed is -1, want 0 or more"),
         (["cost", "1"], "unknown key 'cost'"),
     ],
 )

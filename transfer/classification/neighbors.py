@@ -19,8 +19,8 @@ from transfer.classification.features import Features
 from transfer.classification.probe import Probe
 from transfer.classification.request import ProbeConfig, Request, require_at_least
 
-QUERIES_AT_ONCE = 512
-GROUP = 16  # columns whose largest is looked for first
+QUERIES_AT_ONCE = 256
+GROUP = 8  # columns whose largest is looked for first
 LEAST_GROUPS = 4  # as many times k: with fewer, most groups would be looked into
 MEMORY_MIB = 128  # of similarities at a time, however large the bank
 BANK_SHARE = 0.9  # of the bank, drawn anew for each of several seeds

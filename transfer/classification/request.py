@@ -19,6 +19,7 @@ from transfer.results import FILE_NAME, format_metrics
 STAGES = ("res2", "res3", "res4", "res5")
 HEAD_SOURCES = ("hidden", "output")
 PRECISIONS = ("fp32", "bf16")
+MOST_SEEDS = 2**32  # as scikit-learn takes them
 # Of the reference's validation transform: Resize(256), then CenterCrop(224).
 RESIZE_TO_CROP = 256 / 224
 
@@ -49,6 +50,8 @@ class ProbeConfig:
         """Refuse values that no run can have."""
         for key in ("image_size", "seeds"):
             require_at_least(key, getattr(self, key), 1)
+        if not 0 <= self.seed <= MOST_SEEDS - self.seeds:
+            raise UserError(f"seed is {self.seed}, want 0 or more, and less than {MOST_SEEDS}")
         require_source("stage", self.stage)
         require_one_of("precision", self.precision, PRECISIONS)
 

@@ -140,7 +140,7 @@ def train_all(
         costs: to choose among; of equal ones the first wins.
         folds: of the cross-validation.
         machine: how each is trained.
-        jobs: processes; -1: one a core.
+        jobs: processes, one a core at most; -1: one a core.
         tick: called after each class and cost.
     """
     classes = tags.shape[1]
@@ -171,9 +171,12 @@ def train_all(
 def in_processes(calls: Any, jobs: int) -> Any:
     """Run joblib's calls in processes of one thread each; yield what they return, in order.
 
+    There are never more than cores, which would bring nothing and take memory.
+
     Not in threads: LIBLINEAR draws from one generator for the whole process.
     """
-    with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1):
+    most = joblib.cpu_count()
+    with joblib.parallel_config("loky", n_jobs=min(jobs, most), inner_max_num_threads=1):
         yield from joblib.Parallel(return_as="generator")(calls)
 
 

@@ -4,6 +4,7 @@ Protocol: Goyal et al., arXiv:1905.01235, Sec. 6 and Appendix B, as VISSL's code
 feature is the average-pooled one that MoCo's linear protocol takes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class SvmConfig(ProbeConfig):
             ignored always.
         low_shot: numbers of images a class for the low-shot curve; empty: no curve.
         samples: independent draws for each of them.
-        jobs: processes that fit; 0: one a core. Changes no number.
+        jobs: processes that fit, one a core at most; 0: one a core. Changes no number.
     """
 
     costs: tuple[float, ...] = COSTS
@@ -72,15 +73,15 @@ class SvmConfig(ProbeConfig):
     def __post_init__(self) -> None:
         """Refuse values that no run can have."""
         super().__post_init__()
-        if not self.costs or not min(self.costs) > 0:
+        if not self.costs or not all(0 < cost < math.inf for cost in self.costs):
             raise UserError(f"costs is {list(self.costs)}, want numbers above 0, as costs .1,1,10")
         require_at_least("folds", self.folds, 2)
         for key in ("max_iter", "samples", *(["low_shot"] if self.low_shot else [])):
             value = getattr(self, key)
             require_at_least(key, min(value) if isinstance(value, tuple) else value, 1)
         require_at_least("jobs", self.jobs, 0)
-        if not self.positive_weight > 0:
-            raise UserError(f"positive_weight is {self.positive_weight}, want more than 0")
+        if not 0 < self.positive_weight < math.inf:
+            raise UserError(f"positive_weight is {self.positive_weight}, want a number above 0")
         require_one_of("difficult", self.difficult, ("ignored", "negative"))
 
     def machine(self, seed: int) -> Machine:
