@@ -215,6 +215,7 @@ def test_a_list_that_does_not_fit_is_refused_in_one_line(images, tmp_path, text,
         (["stage", "res4"], "stage is res4: fine-tuning trains the whole backbone"),
         (["decay", "line"], "decay is 'line', want one of step, cos"),
         (["--lr", "-1"], "lr is -1.0, want at least 0"),
+        (["--lr", "inf"], "lr is inf, want at least 0"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
@@ -224,6 +225,12 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match=re.escape(line)):
         finetune.main([str(images), "--pretrained", str(weights), "image_size", "32", *words])
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_rate_that_is_too_high_for_the_only_step_says_so(weights, images, tmp_path):
+    with pytest.raises(UserError, match=r"after step 1 the network answers with no numbers"):
+        run(weights, images, tmp_path / "out", "-b", "24", "--epochs", "1", "--lr", "1e38")
+    assert not (tmp_path / "out/results.json").exists()
 
 
 def test_a_rate_that_is_too_high_says_so(weights, images, tmp_path):

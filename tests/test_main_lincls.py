@@ -307,6 +307,11 @@ def test_a_rate_too_high_for_the_features_is_said(weights, images, tmp_path, cap
         (["--pretrained", "W", "--output-dir", "text.pth"], "output folder text.pth: cannot"),
         (["--pretrained", "W", "--resume", "gone.pth.tar"], "--resume gone.pth.tar: no such file"),
         (["--pretrained", "W", "--resume", "W"], "has no epoch, state_dict, best_acc1, optimizer"),
+        (
+            ["--pretrained", "W", "--start-epoch", "100"],
+            "start_epoch is 100 of 100 epochs: nothing",
+        ),
+        (["--pretrained", "W", "grid_lr", "1,inf"], "grid_lr holds inf, want numbers above 0"),
         (["--pretrained", "W", "-e"], "--evaluate needs the trained classifier"),
         (["--pretrained", "W", "-e", "--resume"], "checkpoint.pth.tar: no such file"),
     ],
@@ -347,6 +352,13 @@ def test_sets_that_cannot_be_judged_on_are_refused_in_one_line(weights, tmp_path
             run(weights, sets[name], tmp_path / f"{name}_out", "--epochs", 1, *CACHED)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / f"{name}_out/results.json").exists()
+
+
+def test_a_classifier_that_ran_away_in_its_only_step_is_no_number(weights, images, tmp_path):
+    words = ["--epochs", 1, "-b", 24, "--lr", "1e38", "--momentum", "0.9"]
+    with pytest.raises(UserError, match="linear: the classifier answers with no numbers; lower lr"):
+        run(weights, images, tmp_path / "out", *words, *AUGMENTED, "--weight-decay", "1e5")
+    assert not (tmp_path / "out/results.json").exists()
 
 
 def test_the_references_command_line_runs_with_only_the_scripts_path_changed(

@@ -328,6 +328,11 @@ class Tuning:
         for images, labels in views.batches(items, at_once, self.device, workers):
             moved = images.to(self.device, memory_format=torch.channels_last)
             logits = self.network(moved)
+            if not logits.isfinite().all():
+                raise UserError(
+                    f"finetune: after step {self.step} the network answers with no numbers "
+                    f"(learning rate {self.config.lr:.3g}); lower --lr"
+                )
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
             right1 += int(hits[:, 0].sum())
             right5 += int(hits.any(dim=1).sum())

@@ -111,8 +111,14 @@ class LinearConfig(ProbeConfig):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{key} is {list(values)}, want one value or more, each once")
         require_at_least("grid_weight_decay", min(self.grid_weight_decay), 0)
-        if not min(self.grid_lr) > 0:
-            raise UserError(f"grid_lr holds {min(self.grid_lr)}, want numbers above 0")
+        unfit = [lr for lr in self.grid_lr if not 0 < lr < math.inf]
+        if unfit:
+            raise UserError(f"grid_lr holds {unfit[0]}, want numbers above 0")
+        if self.start_epoch >= self.epochs:
+            raise UserError(
+                f"start_epoch is {self.start_epoch} of {self.epochs} epochs: nothing is left to "
+                "train"
+            )
         for source in self.grid_features:
             require_source("grid_features", source)
         if not 0 < self.grid_held_out < 1:
@@ -355,14 +361,21 @@ def train_epoch(
 
 @torch.no_grad()
 def score(fc: nn.Linear, features: Features) -> tuple[float, float]:
-    """Return top-1 and top-5 accuracy in percent; with fewer than five classes, top-all."""
+    """Return top-1 and top-5 accuracy in percent; with fewer than five classes, top-all.
+
+    Raises:
+        UserError: it answers with what is no number.
+    """
     device = fc.weight.device
     right1 = right5 = 0
     parts = zip(
         features.values.split(SCORED_AT_ONCE), features.labels.split(SCORED_AT_ONCE), strict=True
     )
     for values, labels in parts:
-        ranked = fc(values.to(device)).topk(min(5, fc.out_features), dim=1).indices.cpu()
+        logits = fc(values.to(device))
+        if not logits.isfinite().all():
+            raise UserError("linear: the classifier answers with no numbers; lower lr")
+        ranked = logits.topk(min(5, fc.out_features), dim=1).indices.cpu()
         hits = ranked == labels[:, None]
         right1 += int(hits[:, 0].sum())
         right5 += int(hits.any(dim=1).sum())

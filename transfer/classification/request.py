@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,8 @@ class Request:
 
 
 def require_at_least(key: str, value: float, least: float) -> None:
-    """Refuse a value below the least one that makes sense."""
-    if not value >= least:
+    """Refuse a value below the least one that makes sense, and what is no finite number."""
+    if not least <= value < math.inf:
         raise UserError(f"{key} is {value}, want at least {least}")
 
 
