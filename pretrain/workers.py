@@ -75,13 +75,23 @@ def watched(workers: int) -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"a process that loads images ended: {str(error).splitlines()[0]} With Killed or Bus "
-            f"error memory ran out: {_too_many(workers)}"
+            f"a process that loads images ended: {_told(error)} With Killed or Bus error memory "
+            f"ran out: {_too_many(workers)}"
         ) from error
     except OSError as error:
         if not workers or error.errno not in NO_ROOM:
             raise
         raise UserError(f"the system refused ({error.strerror}): {_too_many(workers)}") from error
+
+
+def _told(error: BaseException) -> str:
+    """Return what is known of a process's end: its signal, if torch came to hear of it."""
+    lines = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines.append(str(cause).partition("\n")[0].strip())
+        cause = cause.__cause__ or cause.__context__
+    return next((line for line in lines if "by signal" in line), lines[0])
 
 
 def _too_many(workers: int) -> str:

@@ -508,7 +508,8 @@ def test_a_loading_worker_that_was_killed_is_reported_with_its_cause(pictures, t
     assert process.returncode == 2, errors
     last = errors.splitlines()[-1]
     assert last.startswith("main_moco.py: a process that loads images ended: DataLoader worker")
-    assert "killed by signal: Killed" in last
+    # With its signal, unless its end was seen before the system told of it.
+    assert "killed by signal: Killed" in last or "exited unexpectedly" in last
     assert last.endswith("1 workers are more than this machine holds; lower --workers")
     assert "Traceback" not in errors
 

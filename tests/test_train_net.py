@@ -346,6 +346,7 @@ def small_coco(folder: Path, images: int) -> Path:
 
 @needs_detectron2
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the folder of small photo sets")
 def test_the_readmes_pipeline_runs_at_the_published_size(tmp_path, moco_v2_file) -> None:

@@ -65,9 +65,9 @@ def test_a_run_of_the_same_images_that_learns_has_neither(pictures, tmp_path):  
 class Slow(ImageList):
     """Images on a slow disk."""
 
-    def read(self, index):
+    def data(self, index):
         time.sleep(0.03)
-        return super().read(index)
+        return super().data(index)
 
 
 def test_images_that_come_slowly_starve_the_device(pictures, tmp_path):  # noqa: F811

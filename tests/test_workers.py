@@ -62,6 +62,13 @@ def test_a_loss_that_is_heard_of_between_two_batches_is_said_too():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
 
+def test_the_signal_is_told_when_another_error_came_of_it():
+    lost = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    lost.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(UserError, match="is killed by signal: Killed"), watched(1):
+        raise lost
+
+
 def test_other_errors_go_on_as_they_are():
     for error in (RuntimeError("shapes differ"), OSError(2, "No such file"), EOFError()):
         with pytest.raises(type(error)), watched(1):
