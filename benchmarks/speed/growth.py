@@ -121,12 +121,13 @@ def _run(args: Any, processes: int, out: Path) -> float:
     steps = 2 * args.rounds * args.steps
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += ["--nproc-per-node", str(processes), str(ROOT / "pretrain/main_moco.py")]
-    words = ["embedded", "--quiet", "--max-steps", str(steps), "--output-dir", str(out)]
+    words = ["--quiet", "--max-steps", str(steps), "--output-dir", str(out)]
     words += ["-p", str(args.steps), "image_size", str(args.size), "knn_every", "0"]
     words += ["bn_groups", str(max(args.processes)), *(["device", args.device] * bool(args.device))]
     done = subprocess.run([*launch, *words, *args.words], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{processes} processes: {done.stderr.strip().splitlines()[-1]}")
+        said = [line for line in done.stderr.splitlines() if line.startswith("main_moco.py: ")]
+        raise UserError(f"{processes} processes: {(said or [done.stderr[-300:]])[-1]}")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
     return float(statistics.median(rates[1:] or rates))
