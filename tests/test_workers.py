@@ -22,18 +22,30 @@ def batches(count=10_000):
     return load(Numbers(), [[i] for i in range(count)], 1, torch.stack)
 
 
-def test_a_sigterm_from_elsewhere_leaves_loading_to_the_parent():
+@pytest.fixture
+def the_worker():
+    """Return the process that loads, which was not there before the test."""
+    before = set(children(os.getpid()))  # other tests leave some of their libraries'
+
+    def find() -> int:
+        (worker,) = set(children(os.getpid())) - before
+        return worker
+
+    return find
+
+
+def test_a_sigterm_from_elsewhere_leaves_loading_to_the_parent(the_worker):
     found = batches(200)
     next(found)
-    (worker,) = children(os.getpid())
+    worker = the_worker()
     os.system(f"kill -TERM {worker}")  # by another process, as a launcher's
     assert [int(batch[0, 0]) for batch in found] == [*range(1, 200)]
 
 
-def test_the_parents_own_sigterm_ends_a_worker_at_once_however_often_it_comes():
+def test_the_parents_own_sigterm_ends_a_worker_at_once_however_often_it_comes(the_worker):
     found = batches()
     next(found)
-    (worker,) = children(os.getpid())
+    worker = the_worker()
     before = time.monotonic()
     os.kill(worker, signal.SIGTERM)
     os.kill(worker, signal.SIGTERM)
@@ -42,18 +54,17 @@ def test_the_parents_own_sigterm_ends_a_worker_at_once_however_often_it_comes():
     assert time.monotonic() - before < 30
 
 
-def lose_the_worker_at(place):
+def lose_the_worker_at(place, the_worker):
     found = batches()
     for number, _ in enumerate(found):
         if number == place:
-            (worker,) = children(os.getpid())
-            os.kill(worker, signal.SIGKILL)
+            os.kill(the_worker(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("place", range(8))
-def test_a_worker_lost_at_any_moment_is_said_in_one_line(place):
+def test_a_worker_lost_at_any_moment_is_said_in_one_line(place, the_worker):
     with pytest.raises(UserError, match="DataLoader worker"), watched(1):
-        lose_the_worker_at(place)
+        lose_the_worker_at(place, the_worker)
 
 
 def test_a_loss_that_is_heard_of_between_two_batches_is_said_too():
