@@ -82,11 +82,11 @@ class Views(torch.utils.data.Dataset[list[Tensor] | Decoded]):
             from pretrain import on_pillow
 
             image = self.images.read(index)
-            drawn = self._draw(item, image.size)
+            drawn = self.draw(item, image.size)
             made = [on_pillow.realise(image, view, self.size) for view in drawn]
         else:
             pixels = self.images.array(index)
-            drawn = self._draw(item, (pixels.shape[1], pixels.shape[0]))
+            drawn = self.draw(item, (pixels.shape[1], pixels.shape[0]))
             if self.backend == DEVICE:
                 return torch.from_numpy(pixels), drawn
             from pretrain import on_opencv
@@ -94,7 +94,8 @@ class Views(torch.utils.data.Dataset[list[Tensor] | Decoded]):
             made = [on_opencv.realise(pixels, view, self.size) for view in drawn]
         return [torch.from_numpy(view.transpose(2, 0, 1).copy()) for view in made]
 
-    def _draw(self, item: tuple[int, int], width_height: tuple[int, int]) -> list[Drawn]:
+    def draw(self, item: tuple[int, int], width_height: tuple[int, int]) -> list[Drawn]:
+        """Draw what each view is of the (epoch, index) image, of so many pixels."""
         epoch, index = item
         places = [f"{self.seed} {epoch} {index} {view}" for view in range(self.count)]
         return [draw_view(*width_height, self.recipe, random.Random(place)) for place in places]

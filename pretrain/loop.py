@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convert.allocator import keep_freed_memory
 from convert.backbone import load_backbone, weights_digest
 from convert.errors import Stopped, StopRequest, UserError
 from convert.facts import STRIDE_IN_1X1
@@ -24,7 +25,9 @@ from pretrain.checks import groups_of_a_pass
 from pretrain.config import PretrainConfig, as_dict
 from pretrain.contrast import Batch, Contrast
 from pretrain.dictionaries import find_method
-from pretrain.loader import Views, collate, on_device
+from pretrain.held import batches as held_batches
+from pretrain.held import hold
+from pretrain.loader import DEVICE, Views, collate, on_device
 from pretrain.monitor import KnnMonitor, Waiting, Watch, mean_of_last_tenth, read_log, verdict
 from pretrain.norm import statistics_of
 from pretrain.optimizer import build_optimizer
@@ -60,8 +63,10 @@ def train(
         UserError: the loss is not finite, the run cannot be resumed, a loading worker was killed.
         Stopped: a signal came; the checkpoint is written.
     """
+    keep_freed_memory()
     try:
-        run = Run(config, images, output_folder(folder), knn)
+        silent = quiet or distributed.rank() > 0
+        run = Run(config, images, output_folder(folder), knn, quiet=silent)
     except (RuntimeError, MemoryError) as error:
         _refuse_if_out_of_memory(error)
         raise
@@ -78,7 +83,7 @@ def train(
         distributed.say(init_from(run.model, config.init_from))
     _check_start(run)
     images_done, total = run.step * config.batch_size, run.steps * config.batch_size
-    shown = Progress(total, "pretrain", done=images_done, quiet=quiet or distributed.rank() > 0)
+    shown = Progress(total, "pretrain", done=images_done, quiet=silent)
     try:
         with watched(config.workers), closing(run), StopRequest(distributed.STOPS) as stop, shown:
             last = run.go(stop, shown, resume)
@@ -158,9 +163,16 @@ class Run:
     """
 
     def __init__(
-        self, config: PretrainConfig, images: ImageList, folder: Path, knn: KnnMonitor | None
+        self,
+        config: PretrainConfig,
+        images: ImageList,
+        folder: Path,
+        knn: KnnMonitor | None,
+        *,
+        quiet: bool = True,
     ) -> None:
         self.config = config
+        self.quiet = quiet
         self.images = images
         self.folder = folder
         self.knn = knn
@@ -196,9 +208,9 @@ class Run:
         self.seconds = self.seconds_before()
         if log and resumed is None:
             self._look(log)
+        batches = Waiting(self.batches())
         saved, last_saved, since_line = resumed, time.monotonic(), time.monotonic()
         seen: list[Tensor] = []
-        batches = Waiting(self.batches())
         for batch in batches:
             views = on_device(batch, self.device, self.config.image_size)
             seen.append(self.take_step(views))
@@ -306,10 +318,16 @@ class Run:
 
     def batches(self) -> Iterator[Any]:
         """Load this process's images from the run's step on: what `on_device` makes views of."""
-        config = self.config
+        config, places, views = self.config, _Batches(self), self._views()
         workers = -(-config.workers // distributed.local_size())
-        pin = self.device.type == "cuda"
-        yield from load(self._views(), _Batches(self), workers, collate, pin_memory=pin)
+        on_cuda = self.device.type == "cuda"
+        held = None
+        if config.views == DEVICE:
+            held = hold(views, self.device, workers, quiet=self.quiet)
+        if held is None:
+            return load(views, places, workers, collate, pin_memory=on_cuda)
+        # On a CPU a process that draws would only take a core from the encoders.
+        return held_batches(views, held, places, workers if on_cuda else 0)
 
     def _epoch(self) -> float:
         return round(self.step / self.steps_per_epoch, 4)

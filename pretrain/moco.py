@@ -87,9 +87,7 @@ class MoCo(Contrast):
 
         Parameters only: batch norm's running statistics are each encoder's own.
         """
-        m = self.config.m
-        torch._foreach_mul_(self._theta_k, m)
-        torch._foreach_add_(self._theta_k, self._theta_q, alpha=1 - m)
+        torch._foreach_lerp_(self._theta_k, self._theta_q, 1 - self.config.m)
 
     @torch.no_grad()
     def enqueue(self, k: Tensor) -> None:

@@ -22,7 +22,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Opt
         config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        foreach=True,
+        fused=True,
     )
 
 

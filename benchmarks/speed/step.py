@@ -267,11 +267,13 @@ def ours(setting: Setting) -> tuple[Steps, str]:
     """Build our run, with whatever it takes by default on this machine."""
     import torch
 
+    from convert.allocator import keep_freed_memory
     from pretrain.checks import check
     from pretrain.loader import on_device
     from pretrain.loop import Run
     from pretrain.sources import ArrayList, ImageList, image_folder
 
+    keep_freed_memory()
     config = setting.config
     if setting.photographs is None:
         images: ImageList = ArrayList(Path("none"), (), pixels=_nothing())

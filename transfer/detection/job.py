@@ -27,6 +27,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from convert import released
+from convert.allocator import keep_freed_memory
 from convert.errors import Stopped, UserError
 from convert.facts import EXTRA_KEY
 from convert.files import output_folder, write_text
@@ -184,6 +185,7 @@ def _work_or_say(job: Job) -> None:
 def work(job: Job) -> None:
     """Train and evaluate, or only evaluate, in this process."""
     started = time.time()
+    keep_freed_memory()
     finished = _finished_record(job)
     if finished is not None:
         job.say(f"output: {job.output} (finished before)")
