@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.encoders import Conv3x3, build_encoder
+from pretrain.encoders import FEW_ROWS, Conv1x1, Conv3x3, build_encoder
 
 
 def as_torchvision_has_it(module):
     """A copy whose convolutions are ordinary ones."""
     plain = copy.deepcopy(module)
     for part in plain.modules():
-        if type(part) is Conv3x3:
+        if type(part) in (Conv1x1, Conv3x3):
             part.__class__ = nn.Conv2d
     return plain
 
@@ -34,6 +34,20 @@ def test_padding_that_is_not_multiplied_is_not_missed(side, stride, groups):
     both = zip(outcome(conv, x), outcome(as_torchvision_has_it(conv), x), strict=True)
     for ours, theirs in both:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", [1, 4, 5, 40])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_1x1_convolution_by_a_product_is_the_ordinary_one(side, stride, layout):
+    torch.manual_seed(0)
+    conv = Conv1x1(4, 6, 1, stride, bias=False).double().to(memory_format=layout)
+    x = torch.randn(3, 4, side, side, dtype=torch.float64).to(memory_format=layout)
+    assert 3 * 5 * 5 < FEW_ROWS < 3 * 40 * 40  # both ways are walked
+    both = zip(outcome(conv, x), outcome(as_torchvision_has_it(conv), x), strict=True)
+    for ours, theirs in both:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        assert ours.is_contiguous(memory_format=layout) or ours.ndim != 4 or side < 4
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
