@@ -3,13 +3,14 @@
 examples:
   python benchmarks/leak_meter.py
   python benchmarks/leak_meter.py --seeds 3
-  python benchmarks/leak_meter.py epochs 2
+  python benchmarks/leak_meter.py iterations 84
 
 Each run is pretrain/main_moco.py --leak-meter with the recipe leak_r18_embedded, on the embedded
-digits. After every epoch a query's key is looked for twice: encoded in the query's own batch, as
-where nothing is shuffled, and among other images, as shuffling across groups does it. KEY VALUE
-pairs go to every run. Stopped, the same command goes on. The numbers are printed; they lie as
-leak.json in --output-dir, and the plot as leak.png.
+digits: as many steps, groups of 32 images, and a queue of four batches. After every epoch a
+query's key is looked for twice: encoded in the query's own batch, as where nothing is shuffled,
+and among other images, as shuffling across groups does it. KEY VALUE pairs go to every run.
+Stopped, the same command goes on. The numbers are printed; they lie as leak.json in --output-dir,
+and the plot as leak.png.
 """
 
 import itertools
@@ -27,6 +28,8 @@ from convert.files import ROOT, atomic_write, environment, output_folder, write_
 
 RECIPE = "configs/pretrain/leak_r18_embedded.yaml"
 GROUPS = (1, 8)
+IMAGES = 32  # of a group: what a group of fewer tells by its size alone is not the question
+BATCHES = 4  # in the queue
 WAYS = {"leak_same": "key encoded in the query's batch", "leak_shuffled": "among other images"}
 Curves = dict[int, dict[str, list[list[float]]]]  # groups -> way -> seed -> after each epoch
 
@@ -47,12 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     from pretrain.monitor import read_log  # imports torch, which --help does not wait for
 
     found: Curves = {groups: {way: [] for way in WAYS} for groups in GROUPS}
-    for groups, seed, way in itertools.product(GROUPS, range(args.seeds), WAYS):
-        lines = read_log(root / f"{groups}-groups-{seed}")
-        found[groups][way].append([line[way] for line in lines if way in line])
-    write_json(root / "leak.json", {"curves": found, "environment": environment()})
+    steps: dict[int, list[int]] = {}
+    for groups, seed in itertools.product(GROUPS, range(args.seeds)):
+        lines = [x for x in read_log(root / f"{groups}-groups-{seed}") if "leak_same" in x]
+        steps[groups] = [line["step"] for line in lines]
+        for way in WAYS:
+            found[groups][way].append([line[way] for line in lines])
+    record = {"curves": found, "steps": steps, "environment": environment()}
+    write_json(root / "leak.json", record)
     with atomic_write(root / "leak.png") as temporary:
-        draw(found, temporary)
+        draw(found, steps, temporary)
     print("\n".join(f"{groups} batch norm groups: {said(found[groups])}" for groups in GROUPS))
     print(root / "leak.png")
     return 0
@@ -63,7 +70,8 @@ def train(folder: Path, groups: int, seed: int, pairs: list[str], *, quiet: bool
     if (folder / "run.json").exists():
         return
     words = ["--config", str(ROOT / RECIPE), "--seed", str(seed), "--output-dir", str(folder)]
-    words += ["--leak-meter", "--leak", "--bn-groups", str(groups), "--resume", "auto", *pairs]
+    words += ["--leak-meter", "--leak", "--bn-groups", str(groups), "--resume", "auto"]
+    words += ["batch_size", str(IMAGES * groups), "K", str(BATCHES * IMAGES * groups), *pairs]
     child.run("pretrain/main_moco.py", words, quiet=quiet)
 
 
@@ -80,8 +88,8 @@ def said(curves: dict[str, list[list[float]]]) -> str:
     )
 
 
-def draw(found: Curves, path: Path) -> None:
-    """Draw both ways against the epoch, a panel for each number of groups; thin: single seeds."""
+def draw(found: Curves, steps: dict[int, list[int]], path: Path) -> None:
+    """Draw both ways against the step, a panel for each number of groups; thin: single seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,14 +106,17 @@ def draw(found: Curves, path: Path) -> None:
         ):
             seeds = found[groups][way]
             for values in seeds if len(seeds) > 1 else []:
-                axis.plot(values, color=colour, linestyle=style, linewidth=0.6, alpha=0.4)
+                axis.plot(
+                    steps[groups], values, color=colour, linestyle=style, linewidth=0.6, alpha=0.4
+                )
             drawn[way] = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
-            axis.plot(drawn[way], color=colour, linestyle=style, label=name)
-        epochs = range(len(drawn["leak_same"]))
-        axis.fill_between(epochs, *drawn.values(), color=ORANGE, alpha=0.15, label="the leak")
+            axis.plot(steps[groups], drawn[way], color=colour, linestyle=style, label=name)
+        axis.fill_between(
+            steps[groups], *drawn.values(), color=ORANGE, alpha=0.15, label="the leak"
+        )
         groups_name = "one batch norm group" if groups == 1 else f"{groups} batch norm groups"
-        axis.set_title(f"{groups_name}: {'shuffling hides nothing' if groups == 1 else 'shuffled'}")
-        axis.set_xlabel("epoch")
+        axis.set_title(f"{groups_name} of {IMAGES} images")
+        axis.set_xlabel("step")
         axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("queries that find their key, percent")

@@ -19,7 +19,7 @@ def test_what_is_said_is_the_mean_of_the_last_third():
 
 def test_both_runs_are_drawn(tmp_path):
     found = {1: curves([10, 50, 90], [10, 12, 14]), 8: curves([10, 30, 60], [10, 30, 60])}
-    leak_meter.draw(found, tmp_path / "leak.png")
+    leak_meter.draw(found, {1: [42, 84, 126], 8: [5, 10, 15]}, tmp_path / "leak.png")
     with Image.open(tmp_path / "leak.png") as image:
         assert image.size == (1100, 440)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 50
@@ -41,11 +41,13 @@ def test_both_runs_are_trained_and_measured_once(tmp_path, capsys, monkeypatch):
         asked.append(" ".join(words))
 
     monkeypatch.setattr(leak_meter.child, "run", trained)
-    words = ["--output-dir", str(tmp_path / "out"), "epochs", "2"]
+    words = ["--output-dir", str(tmp_path / "out"), "iterations", "9"]
     for _ in range(2):
         assert leak_meter.main(words) == 0
     assert [line.split("--bn-groups ")[1][:1] for line in asked] == ["1", "8"]
-    assert all(line.endswith("--resume auto epochs 2") for line in asked)
+    assert all(line.endswith("iterations 9") for line in asked)
+    assert "batch_size 32 K 128 iterations" in asked[0]
+    assert "batch_size 256 K 1024 iterations" in asked[1]
     assert all("--leak-meter --leak" in line for line in asked)
     assert "1 batch norm groups: 22.0% of queries" in capsys.readouterr().out
     record = json.loads((tmp_path / "out/leak.json").read_text())
