@@ -10,7 +10,7 @@ KEYS = "arch resnet18 K 32"
 
 @pytest.mark.parametrize("photographs", [False, True])
 def test_all_contenders_take_their_rounds_from_files_or_without(script, tmp_path, photographs):
-    words = SMALL.split()
+    words = [*SMALL.split(), "--profile"]
     if photographs:
         Image.fromarray(load_sample_images().images[0]).save(tmp_path / "photograph.jpg")
         words += ["--photographs", str(tmp_path)]
@@ -24,6 +24,8 @@ def test_all_contenders_take_their_rounds_from_files_or_without(script, tmp_path
         assert found["images_per_s"] > 0
         assert 100 < found["host_MiB"] < 10_000
     assert record["contenders"]["reference"]["ratio"] == 1
+    assert sum(record["profile"].values()) < 100
+    assert any("convolution" in name for name in record["profile"])
 
 
 def test_an_unknown_contender_is_refused(script):

@@ -4,13 +4,15 @@ examples:
   python benchmarks/speed/step.py
   python benchmarks/speed/step.py --photographs DIR --size 112 --batch-size 32 --workers 1
   python benchmarks/speed/step.py --device cuda --size 224 --batch-size 256 --steps 50 K 65536
+  python benchmarks/speed/step.py --contenders ours --profile
   python benchmarks/speed/step.py --contenders reference,ours arch resnet18 K 4096
 
 Alone, a step gets views that are already on the device. With --photographs it begins at JPEG files,
 brought to the size and quality of ImageNet's: decoding, views and step. Every contender is a
 process of its own, built once; they take their rounds in turn, so that what else the machine does
 meets all of them. KEY VALUE pairs go to our recipe; arch, K and dim to the others too. Memory is
-the process's largest resident set, and on a GPU the most that torch had allocated there.
+the process's largest resident set, and on a GPU the most that torch had allocated there. With
+--profile our step is taken apart afterwards: the share of each operation's own time.
 """
 
 import contextlib
@@ -68,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=int, default=1, metavar="N", help="processes that load (default: 1)")
     add("--steps", type=int, default=5, metavar="N", help="of a round (default: 5)")
     add("--rounds", type=int, default=5, metavar="N", help="default: 5; the median")
+    add("--profile", action="store_true", help="say where the time of our step goes")
     add("--json", action="store_true", help="print the numbers as JSON")
     args = parser.parse_intermixed_args(argv)
     if min(args.size, args.batch_size, args.steps, args.rounds) < 1:
@@ -92,9 +95,10 @@ def main(argv: list[str] | None = None) -> int:
         setting = Setting(config, photographs)
         entries = {name: (name, setting) for name in names}
         found = measure(entries, args.steps, args.rounds, quiet=args.quiet)
+        shares = profile(setting, args.steps) if args.profile else {}
     record = {"size": args.size, "batch_size": args.batch_size, "arch": config.arch, "K": config.K}
     record |= {"end_to_end": args.photographs is not None, "workers": config.workers}
-    record |= {"contenders": found, "environment": environment()}
+    record |= {"contenders": found, "profile": shares, "environment": environment()}
     print(json.dumps(record) if args.json else table(record))
     return 0
 
@@ -307,6 +311,26 @@ CONTENDERS: dict[str, Callable[[Setting], tuple[Steps, str]]] = {
 }
 
 
+def profile(setting: Setting, steps: int) -> dict[str, float]:
+    """Return the share of each operation's own time in our step, percent: those of 1 and more."""
+    import torch
+    from torch.profiler import profile as profiled
+
+    take, _ = ours(setting)
+    take(2)
+    with profiled() as seen:
+        take(steps)
+    cuda = torch.cuda.is_available()
+    times = {
+        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in seen.key_averages()
+    }
+    shares = {key: 100 * time / sum(times.values()) for key, time in times.items()}
+    return {
+        key: shares[key] for key in sorted(shares, key=shares.__getitem__)[::-1] if shares[key] >= 1
+    }
+
+
 def _steps(batches: Iterator[Any], take: Callable[[Any], Any]) -> Steps:
     """Return what takes steps and waits for the device once, as a run does at its log lines."""
     import torch
@@ -375,6 +399,7 @@ def table(record: dict[str, Any]) -> str:
             memory += f", on the device {found['device_MiB']:.0f} MiB"
         rate = f"{found['images_per_s']:9.1f} images/s  {found['ratio']:5.2f}x {first}"
         lines.append(f"{name:<10}{rate}  {memory}  {found['what']}")
+    lines += [f"{share:9.1f}%  {key}" for key, share in record["profile"].items()]
     hardware, commit = record["environment"]["hardware"], record["environment"]["commit"]
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
     return "\n".join([*lines, f"{machine}, commit {commit}"])
