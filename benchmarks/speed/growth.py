@@ -36,6 +36,7 @@ from pretrain.config import PretrainConfig, load_config
 
 Rows = dict[str, dict[str, Any]]  # a row's name -> its numbers
 SIDE = 64  # px, of the files that are listed
+LINKS = 30_000  # to one file: file systems hold no more than 65,000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,9 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         if name not in OF:
             raise UserError(f"--of: there is no '{name}'; try {nearest(name, OF)}")
-    found = {name: OF[name](args) for name in names}
+    found = {}
+    for name in names:
+        found[name] = OF[name](args)
+        if not args.json:  # at once: the next may take minutes, or fail
+            print(table(name, found[name]), flush=True)
     record = {"size": args.size, "words": args.words, "found": found, "environment": environment()}
-    print(json.dumps(record) if args.json else table(record))
+    print(json.dumps(record) if args.json else where(record))
     return 0
 
 
@@ -164,12 +169,13 @@ def _list(count: int, size: int) -> dict[str, Any]:
 
 
 def _write_files(folder: Path, count: int) -> None:
-    """Write one image, and link it as often as wanted, in a hundred classes."""
+    """Write an image and link it, in a hundred classes; so many links on, write another."""
     from PIL import Image
 
-    one = folder.with_suffix(".jpg")
-    Image.effect_noise((SIDE, SIDE), 60).convert("RGB").save(one)
     for index in range(count):
+        one = folder.with_name(f"{index // LINKS}.jpg")
+        if index % LINKS == 0:
+            Image.effect_noise((SIDE, SIDE), 60).convert("RGB").save(one)
         path = folder / f"{index % 100:03d}" / f"{index:08d}.jpg"
         path.parent.mkdir(exist_ok=True, parents=True)
         path.hardlink_to(one)
@@ -184,17 +190,20 @@ OF: dict[str, Callable[[Any], Rows]] = {
 }
 
 
-def table(record: dict[str, Any]) -> str:
-    """Write every row's numbers."""
-    lines = []
-    for name, rows in record["found"].items():
-        lines.append(name)
-        for row, found in rows.items():
-            numbers = [f"{key} {found[key]:.3g}" for key in SHOWN if key in found]
-            lines.append(f"  {row:<26} {'  '.join(numbers)}")
+def table(name: str, rows: Rows) -> str:
+    """Write the numbers of one thing that grew."""
+    lines = [name]
+    for row, found in rows.items():
+        numbers = [f"{key} {found[key]:.3g}" for key in SHOWN if key in found]
+        lines.append(f"  {row:<26} {'  '.join(numbers)}")
+    return "\n".join(lines)
+
+
+def where(record: dict[str, Any]) -> str:
+    """Write at which size, on which machine, and of which commit."""
     hardware, commit = record["environment"]["hardware"], record["environment"]["commit"]
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
-    return "\n".join([*lines, f"{record['size']} px; {machine}, commit {commit}"])
+    return f"{record['size']} px; {machine}, commit {commit}"
 
 
 SHOWN = (

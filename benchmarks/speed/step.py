@@ -316,7 +316,8 @@ def profile(setting: Setting, steps: int) -> dict[str, float]:
     import torch
     from torch.profiler import profile as profiled
 
-    take, _ = ours(setting)
+    with contextlib.redirect_stdout(sys.stderr):
+        take, _ = ours(setting)
     take(2)
     with profiled() as seen:
         take(steps)
