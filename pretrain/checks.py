@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -53,6 +54,7 @@ def check(
         workers=loading_workers(config.workers),
         views=choose_backend(config.views, device, randaugment=bool(config.randaugment)),
         bn_groups=_groups(config, method),
+        compile=config.compile and _can_compile(device),
     )
     groups_of_a_pass(config)
     _check_group_size(config)
@@ -85,6 +87,19 @@ def best_device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: no CUDA device is at hand; want --device cpu")
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _can_compile(device: str) -> bool:
+    """Say whether torch can compile here; for a CPU it asks for a C++ compiler."""
+    probe = torch.compile(lambda x: x.sin() + 1)
+    length = 1 + time.time_ns() % 100_003  # one never compiled before, or torch's cache answers
+    try:
+        probe(torch.ones(length, device=device))
+    except Exception as error:  # whatever compilers raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        distributed.say(f"compile: not possible here ({reason}); the encoders run as they are")
+        return False
+    return True
 
 
 def loading_workers(wanted: int) -> int:

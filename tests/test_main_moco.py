@@ -496,6 +496,18 @@ def children(parent):
     return found
 
 
+def test_where_nothing_can_be_compiled_the_run_says_so_and_goes_on(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "pretrain/main_moco.py"), str(pictures), *SMALL]
+    done = subprocess.run(
+        [*command, "--compile", "--max-steps", "1", "--output-dir", "out"], cwd=tmp_path,
+        env=os.environ | {"CXX": str(tmp_path / "g++")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "compile: not possible here" in done.stdout
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["config"]["compile"] is False
+
+
 def test_a_loading_worker_that_was_killed_is_reported_with_its_cause(pictures, tmp_path):
     command = [sys.executable, str(ROOT / "pretrain/main_moco.py"), str(pictures), *SMALL]
     process = subprocess.Popen(
