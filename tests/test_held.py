@@ -100,4 +100,4 @@ def test_freed_memory_is_taken_again_without_page_faults():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         faults[word] = int(done.stdout)
     assert faults["given"] > 10_000
-    assert faults["kept"] < 1_000
+    assert faults["kept"] < faults["given"] / 4

@@ -16,7 +16,7 @@ def test_both_paths_of_every_seed_are_trained_compared_and_drawn(script, tmp_pat
         assert [len(losses) for losses in record["losses"][path]] == [3, 3]
         assert all(rate > 0 for rate in record["steps_per_s"][path])
     assert record["paths"]["slow"] == "fp32, views pillow"
-    assert record["paths"]["fast"].endswith("views opencv")
+    assert record["paths"]["fast"].endswith("views device")
     slow, fast = (record["losses"][path] for path in ("slow", "fast"))
     assert slow[0] != slow[1]
     for one, two in zip(slow, fast, strict=True):  # the same seed, the same images
@@ -40,7 +40,7 @@ def test_the_table_sets_the_gap_beside_the_seeds_spread():
         "steps_per_s": {"slow": [2.0, 2.0, 4.0], "fast": [3.0, 4.0, 6.0]},
         "config": {"arch": "resnet18", "image_size": 64, "batch_size": 32, "iterations": 200},
         "environment": {"hardware": {"cpu": "a CPU", "cores": 2, "gpus": []}},
-        "paths": {"slow": "fp32, views pillow", "fast": "bf16, views opencv"},
+        "paths": {"slow": "fp32, views pillow", "fast": "bf16, views device"},
         "seeds": 3,
     }
     said = table(record)
