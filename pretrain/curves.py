@@ -67,8 +67,9 @@ PANELS = (
         "Leak meter: queries that find their key",
         "percent",
         (
-            Curve("leak_same", "key encoded in the query's batch", ORANGE, "--"),
-            Curve("leak_shuffled", "key encoded among other images"),
+            Curve("leak_same", "key encoded in the query's group", GREY, ":"),
+            Curve("leak_shuffled", "as this run encodes it", ORANGE, "--"),
+            Curve("leak_apart", "among any images"),
         ),
     ),
     Panel(

@@ -423,8 +423,9 @@ class Run:
             assert self.knn is not None
             found["knn_top1"] = self.knn(self.model.encoder_q, self.device)
         if self.config.leak_meter:
-            count = self.config.batch_size // distributed.size() // self.config.accumulate
-            found |= leak.measure(self.model, self._views(), count, self.config.seed)
+            config = self.config
+            count = config.batch_size // distributed.size() // config.accumulate
+            found |= leak.measure(self.model, self._views(), count, config.batch_size, config.seed)
         if found:
             watch.add(step=self.step, epoch=self._epoch(), **found)
 

@@ -52,6 +52,7 @@ COLUMNS = (
     "knn_top1",  # percent
     "leak_same",  # see pretrain/leak.py
     "leak_shuffled",
+    "leak_apart",
     "verdicts",  # what began or ended: sentences
 )
 Item = TypeVar("Item")

@@ -159,8 +159,8 @@ class Leak(Verdict):
 
     def holds(self, line: Line) -> bool | None:
         """Look for an accuracy near 100% and a vote below its best."""
-        if "leak_same" in line:
-            self.meter = (line["leak_same"], line["leak_shuffled"])
+        if "leak_apart" in line:
+            self.meter = (line["leak_shuffled"], line["leak_apart"])
         if "knn_top1" in line:
             self.knn, self.best = line["knn_top1"], max(self.best, line["knn_top1"])
             return None
@@ -189,8 +189,8 @@ class Leak(Verdict):
         if self.meter is None:
             return "--leak-meter tells which"
         return (
-            f"The leak meter finds {self.meter[0]:.1f}% of keys encoded in their query's batch and "
-            f"{self.meter[1]:.1f}% of those encoded among other images, which differ where it leaks"
+            f"The leak meter finds {self.meter[0]:.1f}% of keys encoded as this run does it and "
+            f"{self.meter[1]:.1f}% of those encoded among any images, which differ where it leaks"
         )
 
     def end(self, line: Line) -> str:

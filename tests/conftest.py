@@ -10,6 +10,8 @@ import pytest
 import torch
 import torchvision
 
+from tests.small_sets import write_images, write_resnet18
+
 ROOT = Path(__file__).resolve().parents[1]
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -21,6 +23,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(given) if given else tmp_path_factory.getbasetemp().parent / "cache"
     os.environ["MOCO_TRANSFER_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 as torchvision saves one, whose batch norms have seen images."""
+    return write_resnet18(tmp_path_factory.mktemp("weights") / "resnet18.pth")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small pictures in three classes, eight of each to train on and four to judge."""
+    return write_images(tmp_path_factory.mktemp("images") / "set")
 
 
 @pytest.fixture

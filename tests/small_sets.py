@@ -14,7 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from tests.conftest import ROOT
+from convert.files import ROOT
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 

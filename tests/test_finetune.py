@@ -11,23 +11,13 @@ from pretrain.config import load_config
 from pretrain.sources import image_folder
 from tests import tuning_processes
 from tests.conftest import ROOT
-from tests.small_sets import files_of_at_most, on_processes, write_images, write_resnet18
+from tests.small_sets import files_of_at_most, on_processes, write_images
 from transfer import finetune
 from transfer.classification.features import Views
 from transfer.classification.few_labels import labelled
 from transfer.classification.finetuning import FinetuneConfig, Tuning
 
 SHORT = ["image_size", "32", "-b", "8", "--epochs", "3", "--schedule", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_resnet18(tmp_path_factory.mktemp("weights") / "resnet18.pth")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "set")
 
 
 def run(weights, images, out, *words):

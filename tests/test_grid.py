@@ -14,7 +14,6 @@ from convert.errors import UserError
 from convert.progress import Progress
 from pretrain.sources import image_folder
 from tests.conftest import ROOT
-from tests.small_sets import write_images, write_resnet18
 from tests.test_sets import make_dtd
 from transfer import main_lincls
 from transfer.classification.features import Features
@@ -43,16 +42,6 @@ WORDS = ["features", "cached", "standardize", "true", "image_size", "32"]
 GRID = ["--grid", "grid_lr", "0.001,0.1", "grid_weight_decay", "0,1e-2"]
 SOURCES = ["grid_features", "res5,res4-2x2,res3"]
 SHORT = ["-b", "10", "--lr", "0.1", "--device", "cpu", "--schedule", "3"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_resnet18(tmp_path_factory.mktemp("weights") / "resnet18.pth")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "set")
 
 
 @pytest.fixture(scope="module")

@@ -8,20 +8,10 @@ import torch
 
 from convert.errors import UserError
 from tests.conftest import ROOT
-from tests.small_sets import on_processes, write_images, write_resnet18
+from tests.small_sets import on_processes, write_images
 from transfer import knn
 
 SMALL = ["k", "3,5", "image_size", "32"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_resnet18(tmp_path_factory.mktemp("weights") / "resnet18.pth")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "set")
 
 
 def run(weights, images, out, *words):

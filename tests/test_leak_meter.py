@@ -7,14 +7,16 @@ from benchmarks import leak_meter
 from convert.errors import UserError
 
 
-def curves(same, shuffled):
-    return {"leak_same": [same, same], "leak_shuffled": [shuffled, shuffled]}
+def curves(shuffled, apart):
+    same = [value + 1 for value in shuffled]
+    ways = {"leak_same": same, "leak_shuffled": shuffled, "leak_apart": apart}
+    return {way: [values, values] for way, values in ways.items()}
 
 
 def test_what_is_said_is_the_mean_of_the_last_third():
     said = leak_meter.said(curves([0, 0, 0, 0, 50, 60], [0, 0, 0, 0, 20, 30]))
-    assert said.startswith("55.0% of queries find a key of their own batch, 25.0% one that was")
-    assert "+30.0 points" in said
+    assert said.startswith("a leak of +30.0 points: 55.0% of queries find a key encoded as the run")
+    assert "25.0% one encoded among any images, 56.0% one of the query's own group" in said
 
 
 def test_both_runs_are_drawn(tmp_path):
@@ -35,7 +37,8 @@ def test_both_runs_are_trained_and_measured_once(tmp_path, capsys, monkeypatch):
 
         folder = Path(words[words.index("--output-dir") + 1])
         folder.mkdir(parents=True)
-        lines = [{"step": s, "leak_same": 20.0 + s, "leak_shuffled": 20.0} for s in range(3)]
+        found = {"leak_same": 25.0, "leak_apart": 20.0}
+        lines = [{"step": s, "leak_shuffled": 20.0 + s, **found} for s in range(3)]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "run.json").write_text("{}")
         asked.append(" ".join(words))
@@ -49,9 +52,9 @@ def test_both_runs_are_trained_and_measured_once(tmp_path, capsys, monkeypatch):
     assert "batch_size 32 K 128 iterations" in asked[0]
     assert "batch_size 256 K 1024 iterations" in asked[1]
     assert all("--leak-meter --leak" in line for line in asked)
-    assert "1 batch norm groups: 22.0% of queries" in capsys.readouterr().out
+    assert "1 batch norm groups: a leak of +2.0 points: 22.0% of" in capsys.readouterr().out
     record = json.loads((tmp_path / "out/leak.json").read_text())
-    assert record["curves"]["8"]["leak_same"] == [[20.0, 21.0, 22.0]]
+    assert record["curves"]["8"]["leak_shuffled"] == [[20.0, 21.0, 22.0]]
 
 
 def test_no_seed_is_refused(tmp_path):

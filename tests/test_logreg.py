@@ -6,7 +6,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from convert.errors import UserError
-from tests.small_sets import write_images, write_resnet18, write_voc
+from tests.small_sets import write_images, write_voc
 from transfer import logreg
 from transfer.classification.logistic import (
     Answers,
@@ -26,16 +26,6 @@ def clouds(count, noise, seed=0, classes=3, width=5):
     labels = np.arange(count) % classes
     tags = np.where(labels[:, None] == np.arange(classes), PRESENT, ABSENT)
     return centres[labels] + noise * draw.normal(size=(count, width)), Answers(tags, False)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_resnet18(tmp_path_factory.mktemp("weights") / "resnet18.pth")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "set")
 
 
 def run(weights, images, out, *words):

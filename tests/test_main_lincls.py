@@ -28,16 +28,6 @@ AUGMENTED = ["features", "augmented", "image_size", "32"]
 SHORT = ["--lr", "0.05", "-b", "10", "--schedule", "3", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_resnet18(tmp_path_factory.mktemp("weights") / "resnet18.pth")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "set")
-
-
 def run(weights, images, out, *words):
     named = ["--pretrained", str(weights), "--output-dir", str(out), "--quiet"]
     assert main_lincls.main([str(images), *named, *SHORT, *map(str, words)]) == 0

@@ -129,7 +129,13 @@ def test_a_run_logs_every_column_but_votes_and_each_is_what_it_is_called(picture
     config = small_config(pictures, epochs=2, K=48, allow_small_set=True)
     train(config, image_folder(pictures / "train"), tmp_path, quiet=True)
     lines = read_log(tmp_path)
-    assert set(COLUMNS) - lines[0].keys() <= {"knn_top1", "verdicts", "leak_same", "leak_shuffled"}
+    assert set(COLUMNS) - lines[0].keys() <= {
+        "knn_top1",
+        "verdicts",
+        "leak_same",
+        "leak_shuffled",
+        "leak_apart",
+    }
     assert lines[0].keys() <= set(COLUMNS)
     assert [line["queue_age_steps"] for line in lines] == [1, 2, 3, 3]
     assert [line["queue_random"] for line in lines] == pytest.approx([66.6667, 33.3333, 0, 0])

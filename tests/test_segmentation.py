@@ -17,7 +17,6 @@ from convert.backbone import load_backbone, random_backbone
 from convert.errors import UserError
 from convert.pixels import Pixels
 from tests.conftest import ROOT
-from tests.small_sets import write_resnet18
 from transfer import semseg
 from transfer.segmentation.config import SegmentationConfig
 from transfer.segmentation.crops import Crops, cut, normalised
@@ -65,11 +64,6 @@ def write_voc(root: Path, train: int = 8, val: int = 3) -> Path:
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory) -> Path:
     return write_voc(tmp_path_factory.mktemp("voc"))
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return write_resnet18(tmp_path_factory.mktemp("weights") / "resnet18.pth")
 
 
 def run(voc: Path, weights: Path, out: Path, *words: object) -> dict:

@@ -6,7 +6,7 @@ import pytest
 
 from convert.errors import UserError
 from tests.conftest import ROOT
-from tests.small_sets import photographs, write_images, write_resnet18, write_voc
+from tests.small_sets import photographs, write_voc
 from transfer import svm
 from transfer.classification.svm import COSTS, SvmConfig, share_of
 from transfer.classification.tags import ABSENT, PRESENT
@@ -16,18 +16,8 @@ PETS = [[("cat", 0)], [("dog", 0)], [("cat", 0), ("dog", 0)], []] * 8
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_resnet18(tmp_path_factory.mktemp("weights") / "resnet18.pth")
-
-
-@pytest.fixture(scope="module")
 def voc(tmp_path_factory):
     return write_voc(tmp_path_factory.mktemp("voc") / "VOC2007", PETS).parent
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "set")
 
 
 def run(weights, images, out, *words):

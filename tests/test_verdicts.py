@@ -120,9 +120,9 @@ def test_a_solved_task_with_a_falling_vote_is_a_leak_or_weak_augmentation():
     assert "the kNN vote fell from 28.0 to 26.0%" in words
     assert "--leak-meter" in words
     judge = Judge()
-    judge.hear({"step": 0, "leak_same": 90.0, "leak_shuffled": 20.0})
+    judge.hear({"step": 0, "leak_shuffled": 90.0, "leak_apart": 20.0})
     ((_, words),) = hear(judge, LEAKING)
-    assert "The leak meter finds 90.0% of keys encoded in their query's batch and 20.0%" in words
+    assert "The leak meter finds 90.0% of keys encoded as this run does it and 20.0%" in words
     better = [*LEAKING[:6], (97, 30), (97, 31)]
     assert [words[:15] for _, words in hear(Judge(), better)] == [
         "leak: 99.96% of",
