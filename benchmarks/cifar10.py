@@ -34,7 +34,7 @@ METHODS = {
     "moco": "",
     "moco-m0": "m 0",
     "end-to-end": "dictionary end-to-end",
-    "bank": "dictionary bank",
+    "bank": "dictionary bank bank_momentum 0.5",  # InstDisc's momentum
     "simclr": "dictionary simclr bn_groups 0 mlp true",  # its head has two layers
 }
 Row = dict[str, Any]
