@@ -31,11 +31,7 @@ RECIPE = "configs/pretrain/leak_r18_embedded.yaml"
 GROUPS = (1, 8)
 IMAGES = 32  # of a group: what a group of fewer tells by its size alone is not the question
 BATCHES = 4  # in the queue
-WAYS = {
-    "leak_same": "key encoded in the query's group",
-    "leak_shuffled": "as the run does it",
-    "leak_apart": "among any images",
-}
+WAYS = ("leak_same", "leak_shuffled", "leak_apart")  # see pretrain/leak.py
 Curves = dict[int, dict[str, list[list[float]]]]  # groups -> way -> seed -> after each epoch
 
 
@@ -101,22 +97,19 @@ def draw(found: Curves, steps: dict[int, list[int]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    from pretrain.curves import BLUE, GREY, ORANGE
+    from pretrain.curves import LEAK, ORANGE
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, len(GROUPS), sharey=True)
     for axis, groups in zip(axes, GROUPS, strict=True):
         drawn: dict[str, Any] = {}
-        for (way, name), colour, style in zip(
-            WAYS.items(), (GREY, ORANGE, BLUE), (":", "--", "-"), strict=True
-        ):
-            seeds = found[groups][way]
+        for curve in LEAK:
+            seeds, look = found[groups][curve.key], {"color": curve.colour, "ls": curve.style}
             for values in seeds if len(seeds) > 1 else []:
-                axis.plot(
-                    steps[groups], values, color=colour, linestyle=style, linewidth=0.6, alpha=0.4
-                )
-            drawn[way] = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
-            axis.plot(steps[groups], drawn[way], color=colour, linestyle=style, label=name)
+                axis.plot(steps[groups], values, linewidth=0.6, alpha=0.4, **look)
+            means = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
+            axis.plot(steps[groups], means, label=curve.name, **look)
+            drawn[curve.key] = means
         leaked = (drawn["leak_shuffled"], drawn["leak_apart"])
         axis.fill_between(steps[groups], *leaked, color=ORANGE, alpha=0.15, label="the leak")
         groups_name = "one batch norm group" if groups == 1 else f"{groups} batch norm groups"

@@ -48,6 +48,11 @@ class Panel:
     from_zero: bool = False
 
 
+LEAK = (
+    Curve("leak_same", "key encoded in the query's group", GREY, ":"),
+    Curve("leak_shuffled", "as this run encodes it", ORANGE, "--"),
+    Curve("leak_apart", "among any images"),
+)
 PANELS = (
     Panel(
         "Contrastive loss",
@@ -66,11 +71,7 @@ PANELS = (
     Panel(
         "Leak meter: queries that find their key",
         "percent",
-        (
-            Curve("leak_same", "key encoded in the query's group", GREY, ":"),
-            Curve("leak_shuffled", "as this run encodes it", ORANGE, "--"),
-            Curve("leak_apart", "among any images"),
-        ),
+        LEAK,
     ),
     Panel(
         "Spread of embeddings",

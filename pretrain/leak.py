@@ -75,7 +75,7 @@ def measure(
     return found
 
 
-def found_percent(q: Tensor, k: Tensor, batch_size: int, others: int) -> float:
+def found_percent(q: Tensor, k: Tensor, count: int, others: int) -> float:
     """Return the percent of queries that score their own key above those of other passes.
 
     A queue's keys are of other steps too: those of its own pass are no negatives here, or what
@@ -84,14 +84,12 @@ def found_percent(q: Tensor, k: Tensor, batch_size: int, others: int) -> float:
     Args:
         q: (M, C) queries of unit length.
         k: (M, C) their keys, unit length.
-        batch_size: N; M is a multiple.
-        others: how many batches' keys are a query's negatives: the ones that follow its own.
+        count: N; M is a multiple.
+        others: how many passes' keys are a query's negatives: the ones that follow its own.
     """
     scores = q @ k.T
-    batch = torch.arange(len(q), device=q.device) // batch_size
-    after = (batch - batch[:, None]) % (
-        len(q) // batch_size
-    )  # batches from the query's to the key's
+    place = torch.arange(len(q), device=q.device) // count
+    after = (place - place[:, None]) % (len(q) // count)  # passes from the query's to the key's
     negative = (after >= 1) & (after <= others)
     negatives = scores.masked_fill(~negative, -torch.inf).amax(dim=1)
     found: Tensor = (scores.diagonal() > negatives).float()
