@@ -8,8 +8,9 @@ examples:
 CIFAR10 holds train/CLASS/*.png and val/ or test/. Each run is pretrain/main_moco.py with the recipe
 moco_cifar10_r18_10ep; its kNN votes, on 2,000 images of each class, come from its log, before the
 first step and after the last. transfer/knn.py votes once more on each checkpoint, with its own test
-view. KEY VALUE pairs go to every run. Stopped, the same command goes on; what is done stays. The
-table is printed, and lies as cifar10.md and cifar10.json in --output-dir.
+view. KEY VALUE pairs go to every run. Stopped, the same command goes on; what is done stays, and
+other keys want an --output-dir of their own. The table is printed, and lies as cifar10.md and
+cifar10.json in --output-dir.
 """
 
 import itertools
@@ -34,7 +35,8 @@ METHODS = {
     "moco": "",
     "moco-m0": "m 0",
     "end-to-end": "dictionary end-to-end",
-    "bank": "dictionary bank bank_momentum 0.5",  # InstDisc's momentum
+    # InstDisc's momentum; a warm-up, as the positives of the bank's first epoch are random vectors
+    "bank": "dictionary bank bank_momentum 0.5 warmup_epochs 1",
     "simclr": "dictionary simclr bn_groups 0 mlp true",  # its head has two layers
 }
 Row = dict[str, Any]
@@ -96,7 +98,11 @@ def link_bank(images: Path, bank: Path) -> Path:
 def one(
     method: str, seed: int, images: Path, bank: Path, root: Path, pairs: list[str], *, quiet: bool
 ) -> Row:
-    """Train a method with a seed unless that was done, and vote; return the table's row of it."""
+    """Train a method with a seed unless that was done, and vote; return the table's row of it.
+
+    Raises:
+        UserError: main_moco.py's own, as of a folder that holds a run with other keys.
+    """
     from pretrain.monitor import read_log  # imports torch, which --help does not wait for
 
     folder = root / f"{method}-{seed}"
@@ -105,10 +111,10 @@ def one(
     if method != "random":
         words = [str(images), "--config", str(ROOT / RECIPE), "--seed", str(seed)]
         words += ["--output-dir", str(folder), "--resume", "auto", "--knn-dir", str(bank)]
-        if not (folder / "run.json").exists():
-            child.run(
-                "pretrain/main_moco.py", [*words, *METHODS[method].split(), *pairs], quiet=quiet
-            )
+        words += [*METHODS[method].split(), *pairs]
+        child.run(
+            "pretrain/main_moco.py", words, quiet=quiet
+        )  # a finished run only checks its keys
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         votes = [line["knn_top1"] for line in read_log(folder) if "knn_top1" in line]
         row |= {"knn_before": votes[0], "knn_after": votes[-1], "minutes": record["seconds"] / 60}

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks import child, cifar10
+from benchmarks import cifar10
 from convert.errors import UserError
 from tests.small_sets import write_images
 
@@ -11,9 +11,7 @@ SMALL += ["device", "cpu", "precision", "fp32"]
 
 
 @pytest.mark.long
-def test_the_table_has_a_row_a_method_and_what_is_done_is_not_done_again(
-    tmp_path, capsys, monkeypatch
-):
+def test_the_table_has_a_row_a_method_and_what_is_done_is_not_done_again(tmp_path, capsys):
     images = write_images(tmp_path / "images", train=14)
     (images / "val").rename(images / "test")  # as CIFAR-10 is often laid out
     words = [str(images), "--methods", "random,moco", "--seeds", "1", "--quiet", *SMALL]
@@ -33,12 +31,15 @@ def test_the_table_has_a_row_a_method_and_what_is_done_is_not_done_again(
     assert (config["stem"], config["epochs"], config["lr"]) == ("imagenet", 2, 0.06)
     assert len(list((tmp_path / "out/bank/train/red").iterdir())) == 14
 
-    def never(*words, **options):
-        raise AssertionError(words)
-
-    monkeypatch.setattr(child, "run", never)
+    files = [tmp_path / "out" / name for name in ("moco-0/run.json", "random-0/knn/results.json")]
+    done = [path.stat().st_mtime_ns for path in files]
     assert cifar10.main(words) == 0
     assert capsys.readouterr().out == text
+    assert done == [path.stat().st_mtime_ns for path in files]
+
+    with pytest.raises(UserError, match=r"main_moco\.py ended with status 2"):  # other keys
+        cifar10.main([*words, "epochs", "3"])
+    assert (tmp_path / "out/cifar10.md").read_text() == text
 
 
 def test_means_stand_with_their_spread():
