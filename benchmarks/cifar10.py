@@ -112,9 +112,8 @@ def one(
         words = [str(images), "--config", str(ROOT / RECIPE), "--seed", str(seed)]
         words += ["--output-dir", str(folder), "--resume", "auto", "--knn-dir", str(bank)]
         words += [*METHODS[method].split(), *pairs]
-        child.run(
-            "pretrain/main_moco.py", words, quiet=quiet
-        )  # a finished run only checks its keys
+        # Of a finished run it only checks the keys.
+        child.run("pretrain/main_moco.py", words, quiet=quiet)
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         votes = [line["knn_top1"] for line in read_log(folder) if "knn_top1" in line]
         row |= {"knn_before": votes[0], "knn_after": votes[-1], "minutes": record["seconds"] / 60}
