@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a file: our root, not this folder, comes
 
 from benchmarks import child
 from convert.errors import Parser, UserError, nearest, run_script
-from convert.files import ROOT, environment, output_folder, write_json, write_text
+from convert.files import ROOT, environment, output_folder, sha256, write_json, write_text
 from pretrain.config import split_words
 
 RECIPE = "configs/pretrain/moco_cifar10_r18_10ep.yaml"
@@ -121,10 +121,20 @@ def one(
         checkpoint = str(folder / record["checkpoint"])
     words = [str(bank), "--pretrained", checkpoint, "--arch", "resnet18", "--seed", str(seed)]
     words += ["--output-dir", str(folder / "knn"), "k", str(neighbours(bank)), "temperature", "0.1"]
-    if not (folder / "knn/results.json").exists():
+    results = folder / "knn/results.json"
+    if not is_of(results, checkpoint):
+        results.unlink(missing_ok=True)
         child.run("transfer/knn.py", [*words, "image_size", "32"], quiet=quiet)
-    results = json.loads((folder / "knn/results.json").read_text(encoding="utf-8"))
-    return row | {"knn_transfer": next(iter(results["metrics"].values()))}
+    metrics: dict[str, float] = json.loads(results.read_text(encoding="utf-8"))["metrics"]
+    return row | {"knn_transfer": next(iter(metrics.values()))}
+
+
+def is_of(results: Path, checkpoint: str) -> bool:
+    """Say whether there is a vote, and on this checkpoint: a run may have gone on since."""
+    if not results.exists() or checkpoint == "random":
+        return results.exists()
+    voted: str = json.loads(results.read_text(encoding="utf-8"))["checkpoint"]["sha256"]
+    return voted == sha256(Path(checkpoint))
 
 
 def neighbours(bank: Path) -> int:

@@ -132,10 +132,16 @@ def load_config(
 
 
 def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Split trailing words: an odd count means that the first one is the images' folder."""
-    if len(words) % 2:
-        return Path(words[0]), list(words[1:])
-    return None, list(words)
+    """Split trailing words: an odd count means that the first one is the images' folder.
+
+    Raises:
+        UserError: that word is empty, which `Path` would take for the current folder.
+    """
+    if not len(words) % 2:
+        return None, list(words)
+    if not words[0]:  # as of a shell's variable that is not set
+        raise UserError("images '': names no folder; want one, or no word at all")
+    return Path(words[0]), list(words[1:])
 
 
 def join_resume(argv: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks import cifar10
 from convert.errors import UserError
+from convert.files import sha256
 from tests.small_sets import write_images
 
 SMALL = ["batch_size", "16", "K", "32", "bn_groups", "2", "epochs", "2", "workers", "1"]
@@ -36,6 +37,15 @@ def test_the_table_has_a_row_a_method_and_what_is_done_is_not_done_again(tmp_pat
     assert cifar10.main(words) == 0
     assert capsys.readouterr().out == text
     assert done == [path.stat().st_mtime_ns for path in files]
+
+    folder = tmp_path / "stopped"
+    stopped = [*words, "--methods", "moco", "--output-dir", str(folder)]
+    for pairs in (["max_steps", "1"], []):  # the run goes on: another checkpoint
+        assert cifar10.main([*stopped, *pairs]) == 0
+        voted = json.loads((folder / "moco-0/knn/results.json").read_text())["checkpoint"]
+        run = json.loads((folder / "moco-0/run.json").read_text())
+        assert voted["sha256"] == sha256(folder / "moco-0" / run["checkpoint"])
+    assert run["steps"] == 4
 
     with pytest.raises(UserError, match=r"main_moco\.py ended with status 2"):  # other keys
         cifar10.main([*words, "epochs", "3"])

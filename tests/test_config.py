@@ -96,6 +96,8 @@ def test_an_odd_count_of_words_starts_with_the_folder():
     assert split_words(["DIR", "lr", "1"])[0].name == "DIR"
     assert split_words(["lr", "1"]) == (None, ["lr", "1"])
     assert split_words([]) == (None, [])
+    with pytest.raises(UserError, match="images '': names no folder"):
+        split_words(["", "lr", "1"])
 
 
 def test_resume_takes_auto_or_a_checkpoint_and_nothing_else(tmp_path):
