@@ -52,9 +52,9 @@ def convert(
     Raises:
         UserError: the source is refused, the proof fails, or the output exists and differs.
     """
-    output = output or _beside(Path(checkpoint))
     file = locate(checkpoint)
     check_file(file)
+    output = output or _beside(Path(checkpoint))
     _check_output(output, file)
     existing = None if force else _existing(file, output, options)
     if existing is not None:

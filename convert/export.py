@@ -53,10 +53,11 @@ def export(
         UserError: the source is refused, its stride is in the 1x1 convolutions, or the output
             exists and came from something else.
     """
-    output = output or Path(source).with_name(f"{stem_of(Path(source))}.torchvision.pth")
-    _check_suffix(output)
+    if output:
+        _check_suffix(output)
     path = locate(source, quiet=quiet)
     check_file(path)
+    output = output or Path(source).with_name(f"{stem_of(Path(source))}.torchvision.pth")
     if output.exists() and output.samefile(path):
         raise UserError(f"{output}: is the checkpoint itself; name another output")
     record: dict[str, Any] = {"source": sha256(path), "options": options.as_dict()}

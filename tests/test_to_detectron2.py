@@ -155,3 +155,5 @@ def test_bad_files_end_in_one_line_status_2_and_no_output(script, tmp_path, moco
         assert line in done.stderr
         assert done.stderr.count("\n") == 1
         assert not list(tmp_path.glob("*.pkl"))
+    with pytest.raises(UserError, match="is a folder"):  # as of a shell's variable that is not set
+        convert("")

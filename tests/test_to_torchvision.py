@@ -283,6 +283,8 @@ def test_bad_files_are_refused_and_leave_no_output(tmp_path, moco_v2_file, monke
     for name, line in bad_files(tmp_path, moco_v2_file).items():
         assert line in refusal(name, Path("out.pth")), name
     assert not list(tmp_path.glob("*out.pth*"))
+    with pytest.raises(UserError, match="is a folder"):  # as of a shell's variable that is not set
+        export("")
 
 
 def test_typed_as_in_the_readme_it_writes_beside_the_input_and_says_so(
